@@ -1,0 +1,166 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import hub
+import radit
+import sample
+import vae
+from conftest import ROOT
+from data import InputError
+
+DEMO = ROOT / "weights/demo"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small VAE and RadiT with random weights, as sample.py loads them."""
+    folder = tmp_path_factory.mktemp("weights") / "random"
+    torch.manual_seed(0)
+    hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), folder / "vae")
+    covered = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9}, "pneumonia": {"positive": 2}, "dataset": {"own": 9}, "age": [20, 80]}
+    config = radit.RadiTConfig(channels=8, grid=(8, 8), width=128, depth=2, heads=2, datasets=(*data.DATASETS, "own"),
+                               covered=covered, examples=[{"age": 30.0, "sex": "male"}, {"view": "PA"}], shift=2.0,
+                               vae=hub.fingerprint(folder / "vae"))
+    model = radit.RadiT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    hub.save_model(model, folder / "radit")
+    return folder
+
+
+def test_a_seed_gives_one_image_at_any_batch_size_and_position(weights):
+    model, decoder = sample.load_weights(weights)
+    records = [{"age": 20.0 + i, "sex": "female"} for i in range(7)]
+    seeds = [3, 1, 4, 159, 26, 5, 35]
+    together, evaluations = sample.generate(model, decoder, records, seeds, steps=4, batch=7)
+    assert evaluations == 4 and together.shape == (7, 1, 32, 32)
+    for batch in (1, 3):
+        apart, _ = sample.generate(model, decoder, records, seeds, steps=4, batch=batch)
+        assert torch.allclose(apart, together, atol=1e-4)
+    backwards, _ = sample.generate(model, decoder, records[::-1], seeds[::-1], steps=4, batch=2)
+    assert torch.allclose(backwards.flip(0), together, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.01
+    assert sample.generate(model, decoder, records, seeds, steps=4, solver="heun")[1] == 8
+
+
+def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, command):
+    status, output, errors = command("sample.py", "--weights", weights, "--n", 3, "--steps", 2, "--seed", 40, "--age", 44,
+                                     "--sex", "F", "--set", "pneumonia=positive", "--out", tmp_path / "out")
+    assert status == 0, errors
+    assert "2/2" in errors and "3 images" in output                  # the progress bar, and the summary
+    rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
+    assert [(r["file"], r["seed"]) for r in rows] == [("0000.png", "40"), ("0001.png", "41"), ("0002.png", "42")]
+    assert {k: v for k, v in rows[0].items() if v and k not in ("file", "seed")} == {"age": "44.0", "sex": "female", "pneumonia": "positive"}
+    image = Image.open(tmp_path / "out/0001.png")
+    assert image.mode == "L" and image.size == (32, 32)
+    assert image.text["Synthetic"] == "yes" and image.text["Seed"] == "41" and image.text["Weights"] == "random"
+    assert json.loads(image.text["Metadata"]) == {"age": 44.0, "sex": "female", "pneumonia": "positive"}
+    assert Image.open(tmp_path / "out/grid.png").size == (64, 64)
+
+
+def test_without_a_wish_each_image_asks_for_an_example(weights, tmp_path, command):
+    assert command("sample.py", "--weights", weights, "--n", 3, "--steps", 1, "--out", tmp_path)[0] == 0
+    rows = list(csv.DictReader(open(tmp_path / "metadata.csv")))
+    assert [r["age"] for r in rows] == ["30.0", "", "30.0"] and [r["view"] for r in rows] == ["", "PA", ""]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", "-1"], "-1 is not a whole number above 0"), (["--n", "0"], "0 is not a whole number above 0"),
+    (["--steps", "many"], "invalid positive value: 'many'"), (["--solver", "rk4"], "'euler', 'heun'"),
+    (["--set", "colour=red"], "unknown field 'colour'; the fields are dataset, age"),
+    (["--set", "pneumonia"], "not of the form FIELD=VALUE"),
+    (["--view", "oblique"], "unknown value 'oblique' for view; accepted: AP, PA, LATERAL"),
+    (["--dataset", "elsewhere"], "accepted: MIMIC-CXR"),
+    (["--view", "LATERAL"], "view=LATERAL was not covered by the training data of these weights; covered: PA"),
+    (["--race", "white"], "says nothing of race"), (["--age", "90"], "age 90 was not covered"),
+    (["--weights", "nowhere"], "nowhere: no radit/ in it"), (["--out", "file/out"], "file/out")])
+def test_bad_input_is_one_line_and_nothing_is_written(weights, tmp_path, command, arguments, message):
+    (tmp_path / "file").write_text("a file where the output should go")
+    status, _, errors = command("sample.py", "--weights", weights, "--n", 1, "--steps", 1, *arguments, cwd=tmp_path)
+    assert status == 2 and message in errors.splitlines()[-1]
+    assert sum("usage" not in line and not line.startswith(" ") for line in errors.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_broken_weights_are_refused(weights, tmp_path, command):
+    def attempt():
+        status, _, errors = command("sample.py", "--weights", tmp_path / "w", "--n", 1, "--steps", 1, "--out", tmp_path / "out")
+        assert status == 2 and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+        return errors
+
+    shutil.copytree(weights, tmp_path / "w")
+    file = tmp_path / "w/radit/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "truncated" in attempt()
+    file.unlink()
+    assert "no model.safetensors" in attempt()
+    shutil.copy(weights / "radit/model.safetensors", file)
+    torch.manual_seed(1)
+    hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), tmp_path / "w/vae")
+    assert "is not the VAE whose latents" in attempt()
+
+
+def test_only_covered_values_pass():
+    covered = {"sex": {"male": 3}, "age": [20, 80]}
+    sample.check_covered({"sex": "male", "age": 80.0}, covered)
+    for record in ({"sex": "female"}, {"age": 19.0}, {"view": "PA"}):
+        with pytest.raises(InputError):
+            sample.check_covered(record, covered)
+
+
+# --- the embedded weights -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def demo():
+    return sample.load_weights(DEMO)
+
+
+def test_demo_weights_fit_in_60_megabytes_and_say_what_they_cover():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 60e6
+    config = json.loads((DEMO / "radit/config.json").read_text())
+    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [8, 8] and len(config["examples"]) == 64
+
+
+def test_demo_draws_chests_not_noise(demo):
+    """Lungs are darker than what is between and below them, left and right alike, and no two pictures are alike."""
+    model, decoder = demo
+    images, _ = sample.generate(model, decoder, model.config.examples[:8], list(range(8)), steps=10)
+    assert images.shape[2:] == (128, 128)
+    mean = images.mean(0)[0]
+    right, left = mean[40:70, 30:50].mean(), mean[40:70, 80:100].mean()
+    middle, below = mean[50:80, 60:70].mean(), mean[95:115, 45:85].mean()
+    assert max(left, right) < min(middle, below) - 0.2
+    flat = images.flatten(1)
+    distances = torch.cdist(flat, flat) + 1e9 * torch.eye(8)
+    assert distances.min() > 10                                      # of 16384 pixels: 0.08 a pixel
+    grain = (images[..., 1:] - images[..., :-1]).abs().mean()        # noise would be near 1
+    assert grain < 0.1
+
+
+@pytest.mark.parametrize("field, values", [("view", ("AP", "PA")), ("dataset", ("ChestX-ray14", "kermany")), ("age", (20.0, 70.0))])
+def test_demo_metadata_steers_and_the_seed_holds(demo, field, values):
+    """Two values of one field change the picture, and less than another seed does."""
+    model, decoder = demo
+    seeds = list(range(6))
+    a, b = (sample.generate(model, decoder, [{field: value}] * 6, seeds, steps=8)[0] for value in values)
+    changed = (a - b).square().mean((1, 2, 3)).sqrt().mean()
+    other_seed = (a - a.roll(1, 0)).square().mean((1, 2, 3)).sqrt().mean()
+    assert 0.01 < changed < other_seed
+
+
+def test_demo_vae_reconstructs():
+    """A smooth phantom in the embedded VAE: what comes out is what went in, to 20 dB."""
+    decoder = sample.load_weights(DEMO)[1]
+    y, x = np.mgrid[0:128, 0:128] / 127 - 0.5
+    image = np.where(np.abs(x) < 0.4, 0.5, -1.0)
+    for side in (-1, 1):
+        image = np.where(((x - side * 0.2) / 0.15) ** 2 + ((y + 0.05) / 0.3) ** 2 < 1, -0.6, image)
+    image = torch.from_numpy(image).float()[None, None]
+    assert vae.psnr(image, decoder.decode(decoder.encode(image)[0])).item() > 20

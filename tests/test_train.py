@@ -1,0 +1,174 @@
+"""The loop: exact resume after a kill, refusal of a non-finite loss, and phantoms drawn as asked, end to end."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import phantom
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import hub
+import radit
+import sample
+import train
+from conftest import ROOT
+from data import InputError
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    phantom.write_source(root, 2000)
+    return root
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_each_epoch_sees_every_image_once_wherever_it_starts():
+    stream = train.batches(10, 4, seed=3, seen=0)
+    indices = sum((next(stream) for _ in range(10)), [])             # 40 images: four epochs, batches across their ends
+    for epoch in range(4):
+        assert sorted(indices[epoch * 10:epoch * 10 + 10]) == list(range(10))
+    assert indices[:10] != indices[10:20]
+    resumed = train.batches(10, 4, seed=3, seen=12)
+    assert sum((next(resumed) for _ in range(7)), []) == indices[12:]
+    assert next(train.batches(10, 4, seed=4, seen=0)) != indices[:4]
+
+
+def test_ema_against_the_recursion_by_hand():
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model.weight.data.fill_(1.0)
+    ema.weight.data.fill_(0.0)
+    train.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
+    assert ema.weight.item() == pytest.approx(1 - 0.5 ** 0.5)
+    train.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
+    assert ema.weight.item() == pytest.approx(1.0)
+
+
+def radit_command(phantoms, out, images, *more):
+    return [sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels", "--patch", "8", "--size", "XS",
+            "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images), "--out", str(out), "--no-compile", *more]
+
+
+def vae_command(phantoms, out, images):
+    return [sys.executable, str(ROOT / "train.py"), "vae", "--data", str(phantoms), "--widths", "8,16", "--layers", "1", "--groups",
+            "4", "--latent-channels", "2", "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images),
+            "--out", str(out)]
+
+
+@pytest.mark.parametrize("name, make", [("radit", radit_command), ("vae", vae_command)])
+def test_a_killed_run_continues_with_the_same_losses(phantoms, tmp_path, name, make):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(make(phantoms, whole, 96), check=True, capture_output=True)
+    process = subprocess.Popen(make(phantoms, killed, 96), stdout=subprocess.PIPE)
+    deadline = time.time() + 300
+    while not (killed / "log.jsonl").exists() or len(log_of(killed)) < 3:        # past the checkpoint at 16, before 96
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = log_of(killed)
+    assert 24 <= first[-1]["images"] < 96
+    output = subprocess.run(make(phantoms, killed, 96), check=True, capture_output=True, text=True).stdout
+    assert "starting at 0 seen" not in output
+    assert log_of(killed) == log_of(whole)                                       # every loss, bit for bit
+    assert (killed / f"weights/{name}/model.safetensors").read_bytes() == (whole / f"weights/{name}/model.safetensors").read_bytes()
+
+
+def test_another_configuration_does_not_resume(phantoms, tmp_path):
+    subprocess.run(radit_command(phantoms, tmp_path / "run", 8), check=True, capture_output=True)
+    done = subprocess.run(radit_command(phantoms, tmp_path / "run", 8, "--seed", "1"), capture_output=True, text=True)
+    assert done.returncode == 2 and "started with seed = 0, not 1" in done.stderr
+
+
+class Fragile:
+    """A task whose loss turns to NaN after `good` steps."""
+    name, flops = "fragile", 1
+
+    def __init__(self, good):
+        self.left = good
+
+    def loss(self, model, batch, rng):
+        self.left -= 1
+        loss = model.weight.square().sum()
+        return (loss if self.left >= 0 else loss * float("nan")), {}
+
+    def preview(self, ema, path):
+        return {}
+
+
+class Tiny(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        torch.nn.init.ones_(self.weight)
+        self.config = radit.RadiTConfig()
+
+
+def test_a_non_finite_loss_stops_with_the_last_good_weights(tmp_path):
+    """Three good steps, then NaN: the weights saved are those after three steps of the same optimizer."""
+    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=8)
+    with pytest.raises(SystemExit, match="the last good weights"):
+        train.train(Fragile(3), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    model = Tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    for _ in range(3):
+        model.weight.square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = load_file(tmp_path / "run/state.safetensors")
+    assert torch.allclose(saved["model.weight"], model.weight, atol=1e-6)
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_loss_by_t_adds_up(phantoms):
+    images = data.Radiographs([phantoms], "train")
+    examples = train.Examples(images, None, (*data.DATASETS, "phantom"))
+    config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
+                               datasets=(*data.DATASETS, "phantom"))
+    batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
+    loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, torch.Generator().manual_seed(0))
+    sums, counts = terms["loss_by_t"]
+    assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)
+    with pytest.raises(InputError, match="no latent for"):
+        latents = type("Empty", (), {"row": {}, "folder": "cache"})()
+        train.Examples(images, latents, config.datasets)
+
+
+def test_coverage_by_hand():
+    records = [{"age": 30.0, "sex": "male", "view": "PA"}, {"age": 70.0, "sex": "male"}, {"edema": "positive"}]
+    assert train.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
+
+
+def test_phantoms_are_drawn_as_asked(phantoms, tmp_path):
+    """XS in pixel space, about a minute and a half on two cores; then heart, device, side and age are measured."""
+    subprocess.run([*radit_command(phantoms, tmp_path / "run", 32_000), "--batch", "32", "--lr", "2e-3", "--warmup", "3000",
+                    "--ema", "5000", "--log-every", "250", "--save-every", "1000"], check=True)
+    model = hub.load_model(radit.RadiT, radit.RadiTConfig, tmp_path / "run/weights/radit")
+    choose = random.Random(5)
+    records = [phantom.random_record(choose) for _ in range(64)]
+    images, _ = sample.generate(model, None, records, list(range(64)), steps=20, batch=64)
+    seen = [phantom.measure((image[0].numpy() + 1) / 2) for image in images]
+    large = np.array([r["cardiomegaly"] == "positive" for r in records])
+    heart = np.array([m["heart"] for m in seen])
+    assert abs(heart[large].mean() - 0.55) < 0.05 and abs(heart[~large].mean() - 0.25) < 0.05   # the rule's two widths
+    assert ((heart > 0.4) == large).mean() > 0.95
+    asked = [(r["support_devices"] == "positive" and r["sex"] == sex) for r in records for sex in ("female", "male")]
+    found = [m[side] > 0.8 for m in seen for side in ("left", "right")]
+    assert np.mean(np.array(asked) == np.array(found)) > 0.9                                    # present, and on its side
+    body = np.array([0.28 + 0.002 * r["age"] for r in records])
+    assert np.abs(body - [m["body"] for m in seen]).mean() < 0.03                               # of a range of 0.16
+    # The same seed with one thing changed keeps the rest: the heart grows, the body stays.
+    pair = [{"dataset": "phantom", "age": 50.0, "sex": "male", "support_devices": "negative", "cardiomegaly": value}
+            for value in ("negative", "positive")]
+    small, big = (phantom.measure((sample.generate(model, None, [r], [7], steps=20)[0][0, 0].numpy() + 1) / 2) for r in pair)
+    assert big["heart"] - small["heart"] > 0.15 and abs(big["body"] - small["body"]) < 0.05
