@@ -68,6 +68,16 @@ def run(main):
     except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def positive(text):
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return number
 
 
 def parse_value(field, text, datasets=DATASETS):
@@ -105,6 +115,17 @@ def encode_metadata(records, datasets=DATASETS):
             if field in record:
                 codes[row, column] = 1 + (datasets if field == "dataset" else VALUES[field]).index(record[field])
     return age, codes
+
+
+def coverage(records):
+    """Which values the training data holds: {field: {value: count}}, and the least and greatest age."""
+    covered = {}
+    for field in CODED:
+        values = [record[field] for record in records if field in record]
+        if values:
+            covered[field] = {value: values.count(value) for value in sorted(set(values))}
+    ages = [record["age"] for record in records if "age" in record]
+    return covered | ({"age": [min(ages), max(ages)]} if ages else {})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -209,7 +230,8 @@ def save_image(image, path, text=None):
     for key, value in (text or {}).items():
         info.add_text(key, value)
     array = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(array).save(path, pnginfo=info)
+    Image.fromarray(array).save(f"{path}.tmp", "PNG", pnginfo=info)
+    os.replace(f"{path}.tmp", path)
 
 
 def grid(images, columns=None):
@@ -414,9 +436,9 @@ def main():
     p.add_argument("source", choices=SOURCES)
     p.add_argument("root", type=Path)
     p.add_argument("out", type=Path)
-    p.add_argument("--size", type=int, default=512, help="side of the square output in pixels")
+    p.add_argument("--size", type=positive, default=512, help="side of the square output in pixels")
     p.add_argument("--bits", type=int, default=8, choices=(8, 16))
-    p.add_argument("--workers", type=int, default=os.cpu_count())
+    p.add_argument("--workers", type=positive, default=os.cpu_count())
     args = parser.parse_args()
     taken, rejected = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers)
     print(f"{taken} images in {args.out}/index.csv, {rejected} rejected (see {args.out}/rejected.csv)")

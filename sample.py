@@ -82,22 +82,15 @@ def write_samples(out, images, records, seeds, weights):
     data.write_csv(out / "metadata.csv", ["file", "seed", *data.FIELDS], rows)
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(description="Draw synthetic chest radiographs.")
     parser.add_argument("--weights", type=Path, default=DEMO, help="a folder that holds radit/ and vae/")
-    parser.add_argument("--n", type=positive, default=16, help="how many images")
-    parser.add_argument("--steps", type=positive, default=25)
+    parser.add_argument("--n", type=data.positive, default=16, help="how many images")
+    parser.add_argument("--steps", type=data.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
-    parser.add_argument("--batch", type=positive, default=16, help="images at a time")
+    parser.add_argument("--batch", type=data.positive, default=16, help="images at a time")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")

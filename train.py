@@ -25,6 +25,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +44,7 @@ class TrainConfig:
     batch: int = 16              # images a step
     lr: float = 1e-3             # AdamW's, after the warm-up
     warmup: int = 8_000          # images over which the learning rate rises from 0
+    cooldown: int = 0            # images at the end over which it falls to 0
     clip: float = 1.0            # largest norm of the gradient
     ema: int = 20_000            # half-life of the weight average, in images; shorter at the start
     log_every: int = 128         # steps between lines of the log
@@ -157,14 +159,11 @@ def train(task, model, dataset, cfg, out, compiled=()):
             break
         batch = [x.to(device, non_blocking=True) for x in batch] if isinstance(batch, list) else batch.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (seen + cfg.batch) / max(cfg.warmup, 1))
+            group["lr"] = cfg.lr * min(1, (seen + cfg.batch) / max(cfg.warmup, 1), (cfg.images - seen) / max(cfg.cooldown, 1))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, terms = task.loss(model, batch, generator(device, cfg.seed, seen))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip, foreach=True)
-        # A step with a non-finite loss or gradient is left out on the device itself, without waiting for it (the
-        # hook that torch's GradScaler uses): the weights stay good until the next line of the log stops the run.
-        optimizer.found_inf = 1 - (loss + norm).isfinite().float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += cfg.batch
@@ -176,10 +175,10 @@ def train(task, model, dataset, cfg, out, compiled=()):
         if seen // cfg.batch % cfg.log_every == 0 or seen >= cfg.images:
             entry = {"images": seen} | summary(total, steps)  # the only place that waits for the device
             rate = steps * cfg.batch / (time.perf_counter() - started)
-            if not math.isfinite(entry["loss"]):
-                save_state(state, seen, model, ema, optimizer, about)
-                raise SystemExit(f"loss {entry['loss']} after {seen:,} images: stopped; the last good weights are in "
-                                 f"{state}. A lower --lr, a longer --warmup or a smaller --clip may help")
+            if not math.isfinite(entry["loss"] + entry["grad_norm"]):  # before anything is saved: what is on disk is good
+                kept = f"the last good state is {state}" if state.exists() else "there was no checkpoint yet"
+                raise SystemExit(f"loss {entry['loss']}, gradient {entry['grad_norm']} after {seen:,} images: stopped; {kept}. "
+                                 f"A lower --lr, a longer --warmup or a smaller --clip may help")
             if seen // cfg.batch % cfg.save_every == 0 or seen >= cfg.images:
                 save_state(state, seen, model, ema, optimizer, about)
                 hub.save_model(ema, out / "weights" / task.name)
@@ -208,16 +207,13 @@ def summary(total, steps):
 
 
 def draw_curve(history, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     axes.plot([entry["images"] for entry in history], [entry["loss"] for entry in history])
     axes.set(xlabel="images seen", ylabel="training loss", yscale="log")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(f"{path}.tmp", format="png", dpi=100)
-    plt.close(figure)
     os.replace(f"{path}.tmp", path)
 
 
@@ -231,8 +227,8 @@ class VAETask:
     def __init__(self, config, held_out, kl_weight):
         self.held_out, self.kl_weight = held_out, kl_weight
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            vae.RadVAE(config).encode(held_out[:1].to("meta"))
-            vae.RadVAE(config).decode(torch.empty(1, 4 * config.latent_channels, *(n // 2 ** len(config.widths) for n in held_out.shape[2:])))
+            model = vae.RadVAE(config)
+            model.decode(model.encode(held_out[:1].to("meta"))[0])
         self.flops = 3 * counter.get_total_flops()
 
     def loss(self, model, x, rng):                                   # N 1 H W
@@ -310,17 +306,6 @@ class Examples(torch.utils.data.Dataset):
         return mean, logvar, self.age[i], self.codes[i]
 
 
-def coverage(records):
-    """Which values the training data holds: {field: {value: count}}, and the least and greatest age."""
-    covered = {}
-    for field in data.CODED:
-        values = [record[field] for record in records if field in record]
-        if values:
-            covered[field] = {value: values.count(value) for value in sorted(set(values))}
-    ages = [record["age"] for record in records if "age" in record]
-    return covered | ({"age": [min(ages), max(ages)]} if ages else {})
-
-
 def train_radit(args, cfg):
     images, held_out = (data.Radiographs(args.data, split) for split in ("train", "valid"))
     latents = vae.Latents(args.latents) if args.latents else None
@@ -332,10 +317,12 @@ def train_radit(args, cfg):
     examples = Examples(images, latents, datasets)
     width, depth, heads = radit.SIZES[args.size]
     shape = examples[0][0].shape                                     # C H W
+    if args.pixels and shape[1] % args.patch:
+        raise InputError(f"--patch {args.patch} does not divide the images' side of {shape[1]} pixels")
     chosen = random.Random(cfg.seed).sample(images.records, min(64, len(images)))
     config = radit.RadiTConfig(
         channels=shape[0], grid=tuple(shape[1:]), patch=1 if latents else args.patch, width=width, depth=depth, heads=heads,
-        prediction="velocity" if latents else "data", shift=args.shift, datasets=datasets, covered=coverage(images.records),
+        prediction="velocity" if latents else "data", shift=args.shift, datasets=datasets, covered=data.coverage(images.records),
         examples=[{field: r[field] for field in data.FIELDS if field in r} for r in chosen], vae=latents.vae if latents else "")
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
@@ -351,6 +338,9 @@ def train_vae(args, cfg):
     dataset = data.Radiographs(args.data, "train")
     held_out = data.Radiographs(args.data, "valid")
     held_out = torch.stack([held_out[i] for i in range(0, len(held_out), max(1, len(held_out) // 64))][:64])
+    if held_out.shape[-1] % 2 ** len(args.widths):
+        raise InputError(f"{len(args.widths)} widths need images whose side is a multiple of {2 ** len(args.widths)} pixels, "
+                         f"not {held_out.shape[-1]}")
     torch.manual_seed(cfg.seed)
     config = vae.VAEConfig(1, args.latent_channels, args.widths, args.layers, args.groups)
     model = vae.RadVAE(config).to(memory_format=torch.channels_last)
@@ -370,12 +360,13 @@ def main():
         p.add_argument("--data", nargs="+", required=True, help="prepared sources")
         p.add_argument("--out", type=Path, required=True, help="the run's folder")
         for field, value in asdict(default).items():
-            p.add_argument(f"--{field.replace('_', '-')}", type=type(value), default=value)
+            kind = data.positive if field in ("images", "batch", "log_every", "save_every") else type(value)
+            p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value)
     p = commands.choices["vae"]
     p.add_argument("--widths", type=numbers, default=(128, 256, 512, 512), help="channels of each level, finest first")
-    p.add_argument("--layers", type=int, default=2, help="residual blocks a level")
-    p.add_argument("--groups", type=int, default=32, help="of GroupNorm")
-    p.add_argument("--latent-channels", type=int, default=32)
+    p.add_argument("--layers", type=data.positive, default=2, help="residual blocks a level")
+    p.add_argument("--groups", type=data.positive, default=32, help="of GroupNorm")
+    p.add_argument("--latent-channels", type=data.positive, default=32)
     p.add_argument("--kl-weight", type=float, default=3e-4)
     p = commands.choices["radit"]
     p.add_argument("--size", choices=radit.SIZES, default="B")
@@ -383,7 +374,7 @@ def main():
     space.add_argument("--latents", type=Path, help="made by python vae.py encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels, data prediction")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
-    p.add_argument("--patch", type=int, default=16, help="pixels a token on each side, with --pixels")
+    p.add_argument("--patch", type=data.positive, default=16, help="pixels a token on each side, with --pixels")
     p.add_argument("--shift", type=float, default=1.0, help="time shift towards noise; above 1 for many tokens")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")

@@ -42,6 +42,8 @@ class VAEConfig:
 
     def __post_init__(self):
         self.widths = tuple(self.widths)  # JSON has no tuples
+        if any(width % self.groups for width in self.widths):
+            raise data.InputError(f"widths {self.widths} are not all multiples of the {self.groups} groups of GroupNorm")
 
 
 class ResnetBlock(nn.Module):

@@ -90,6 +90,19 @@ def test_another_configuration_does_not_resume(phantoms, tmp_path):
     assert done.returncode == 2 and "started with seed = 0, not 1" in done.stderr
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["vae", "--widths", "8,12", "--groups", "8"], "widths (8, 12) are not all multiples of the 8 groups"),
+    (["vae", "--widths", "8,8,8,8,8,8", "--groups", "8"], "multiple of 64 pixels, not 32"),
+    (["vae", "--batch", "0"], "0 is not a whole number above 0"),
+    (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),
+    (["radit", "--latents", "nowhere"], "--latents needs --vae"),
+    (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no latents.json"),
+    (["radit"], "one of the arguments --latents --pixels is required"), (["radit", "--pixels", "--size", "M"], "'XS', 'S', 'B'")])
+def test_bad_arguments_are_one_line_and_nothing_is_written(phantoms, tmp_path, command, arguments, message):
+    status, _, errors = command("train.py", *arguments, "--data", phantoms, "--out", tmp_path / "run")
+    assert status == 2 and message in errors.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
 class Fragile:
     """A task whose loss turns to NaN after `good` steps."""
     name, flops = "fragile", 1
@@ -113,14 +126,14 @@ class Tiny(torch.nn.Linear):
         self.config = radit.RadiTConfig()
 
 
-def test_a_non_finite_loss_stops_with_the_last_good_weights(tmp_path):
-    """Three good steps, then NaN: the weights saved are those after three steps of the same optimizer."""
-    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=8)
-    with pytest.raises(SystemExit, match="the last good weights"):
-        train.train(Fragile(3), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
+    """NaN in the sixth step, checkpoints every second: what is on disk is the state after four good steps."""
+    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
+    with pytest.raises(SystemExit, match="the last good state is .*state.safetensors"):
+        train.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
-    for _ in range(3):
+    for _ in range(4):
         model.weight.square().sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,6 +141,22 @@ def test_a_non_finite_loss_stops_with_the_last_good_weights(tmp_path):
     saved = load_file(tmp_path / "run/state.safetensors")
     assert torch.allclose(saved["model.weight"], model.weight, atol=1e-6)
     assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert [line["images"] for line in log_of(tmp_path / "run")] == [8, 16]
+
+
+def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
+    """AdamW's first steps move a constant gradient's weight by the rate itself."""
+    moved = []
+
+    class Watch(Fragile):
+        def loss(self, model, batch, rng):
+            moved.append(model.weight[0, 0].item())
+            return model.weight.sum(), {}
+
+    cfg = train.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
+    train.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    rates = [a - b for a, b in zip(moved, moved[1:])]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
 
 
 def test_loss_by_t_adds_up(phantoms):
@@ -146,7 +175,7 @@ def test_loss_by_t_adds_up(phantoms):
 
 def test_coverage_by_hand():
     records = [{"age": 30.0, "sex": "male", "view": "PA"}, {"age": 70.0, "sex": "male"}, {"edema": "positive"}]
-    assert train.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
+    assert data.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
 
 
 def test_phantoms_are_drawn_as_asked(phantoms, tmp_path):
