@@ -19,9 +19,11 @@ def shift_time(t, shift):
 
 
 def sample_times(count, shift, generator):
-    """Training times, (count,), logit-normal and shifted."""
-    normal = torch.randn(count, generator=generator, device=generator.device)
-    return shift_time(normal.sigmoid(), shift)
+    """Training times, (count,), logit-normal and shifted; one from each count-th of the distribution, so that every
+    batch covers all times and its loss varies less."""
+    uniform = torch.rand(count, generator=generator, device=generator.device)
+    quantile = (torch.arange(count, device=uniform.device) + uniform) / count
+    return shift_time(torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6)).sigmoid(), shift)
 
 
 def time_grid(steps, shift):

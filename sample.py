@@ -61,7 +61,8 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
     images = []
     for start in range(0, len(seeds), batch):
         part = seeds[start:start + batch]
-        noise = torch.stack([torch.randn(cfg.channels, *cfg.grid, generator=torch.Generator().manual_seed(seed)) for seed in part])
+        noise = torch.stack([torch.randn(cfg.channels, *cfg.grid, generator=torch.Generator().manual_seed(seed))
+                             for seed in part])                      # N C H W, drawn on the CPU: the same on any device
         condition = [x.to(device) for x in data.encode_metadata(records[start:start + batch], cfg.datasets)]
         null = [torch.full_like(condition[0], torch.nan), torch.zeros_like(condition[1])]
         velocity = flow.guided(model, condition, null, guidance, cfg.prediction)
@@ -117,9 +118,11 @@ def main():
         decoder.to(device)
     batches = -(-args.n // args.batch)
     with tqdm(total=batches * args.steps * (2 if args.solver == "heun" else 1), unit="step") as bar:
-        images, evaluations = generate(model, decoder, records, seeds, args.steps, args.guidance, args.solver, args.batch, bar.update)
+        images, evaluations = generate(model, decoder, records, seeds, args.steps, args.guidance, args.solver, args.batch,
+                                       report=bar.update)
     write_samples(args.out, images, records, seeds, args.weights.name)
-    print(f"{args.n} images in {args.out}, {evaluations} velocity evaluations each; what each shows is in {args.out}/metadata.csv")
+    print(f"{args.n} images in {args.out}, {evaluations} velocity evaluations each; "
+          f"what each was asked to show is in {args.out}/metadata.csv")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def load_state(path, model, ema, optimizer, about):
     for key in about:
         if before.get(key) != about[key]:
             old, new = (str(value)[:40] for value in (before.get(key), about[key]))
-            raise InputError(f"{path.parent}: this run was started with {key} = {old}, not {new}; use another --out or the same options")
+            raise InputError(f"{path.parent}: this run was started with {key} = {old}, not {new}; "
+                             f"use another --out or the same options")
     for name, module in (("model.", model), ("ema.", ema)):
         module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
     state, parameters = {}, list(model.parameters())
@@ -189,7 +190,7 @@ def train(task, model, dataset, cfg, out, compiled=()):
             os.replace(f"{log}.tmp", log)
             draw_curve(history, out / "loss.png")
             left = (cfg.images - seen) / rate / 3600
-            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if v is not None)
+            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
                   + f" | {rate:.1f} images/s, {rate * task.flops / 1e12:.3f} TFLOP/s, {left:.2f} h left", flush=True)
             total, steps, started = {}, 0, time.perf_counter()
     return ema

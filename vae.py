@@ -13,6 +13,7 @@ Conventions: images in [-1, 1]; encode() returns the mean and log-variance of th
 sample with mean + exp(log-variance / 2) * noise, decode() takes the same space. Normalisation lives nowhere else.
 
     python vae.py encode PREPARED... --vae DIR --out LATENTS
+    python vae.py evaluate PREPARED... --vae DIR
 """
 import argparse
 import json
@@ -262,6 +263,8 @@ def encode(folders, vae_folder, out, batch=16):
     model = hub.load_model(RadVAE, VAEConfig, vae_folder).to(device)
     images = data.Radiographs(folders)
     about = {"vae": hub.fingerprint(vae_folder), "images": names_of(images)}
+    if len(set(about["images"])) < len(images):
+        raise data.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
     table = out / "latents.json"
     if not table.exists() or json.loads(table.read_text()) != about:
         for shard in out.glob("*.safetensors"):
@@ -279,6 +282,18 @@ def encode(folders, vae_folder, out, batch=16):
         mean, logvar = (torch.cat(halves) for halves in zip(*moments))
         safetensors.torch.save_file({"mean": mean, "logvar": logvar}, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
+
+
+@torch.no_grad()
+def evaluate(folders, vae_folder, split, batch=16):
+    """PSNR in dB and SSIM of the reconstruction of every image of a split: two tensors (N,)."""
+    model, images = hub.load_model(RadVAE, VAEConfig, vae_folder), data.Radiographs(folders, split)
+    scores = []
+    for start in tqdm(range(0, len(images), batch), unit="batch"):
+        x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))])  # N 1 H W
+        y = model.decode(model.encode(x)[0]).clamp(-1, 1)
+        scores.append((psnr(x, y), ssim(x, y)))
+    return tuple(torch.cat(column) for column in zip(*scores))
 
 
 class Latents:
@@ -299,14 +314,21 @@ class Latents:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Cache the latents of prepared sources.")
+    parser = argparse.ArgumentParser(description="Cache the latents of prepared sources, or measure reconstruction.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("encode", help="write mean and log-variance of every image as safetensors shards")
-    p.add_argument("data", nargs="+", type=Path, help="prepared sources")
-    p.add_argument("--vae", type=Path, required=True, help="a folder with config.json and model.safetensors")
-    p.add_argument("--out", type=Path, required=True)
+    for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
+                       ("evaluate", "print the PSNR and SSIM of reconstructed images")):
+        p = commands.add_parser(name, help=text)
+        p.add_argument("data", nargs="+", type=Path, help="prepared sources")
+        p.add_argument("--vae", type=Path, required=True, help="a folder with config.json and model.safetensors")
+    commands.choices["encode"].add_argument("--out", type=Path, required=True)
+    commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
     args = parser.parse_args()
-    encode(args.data, args.vae, args.out)
+    if args.command == "encode":
+        return encode(args.data, args.vae, args.out)
+    decibel, similarity = evaluate(args.data, args.vae, args.split)
+    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
+          f"{decibel.std():.2f}), SSIM {similarity.mean():.4f} ({similarity.std():.4f})")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,13 @@ def test_training_times_have_the_logit_normal_quantiles(shift):
         assert t.quantile(q).item() == pytest.approx(expected.item(), abs=0.01)
 
 
+def test_every_batch_covers_all_times():
+    t = flow.sample_times(8, 1.0, torch.Generator().manual_seed(0)).double()
+    octiles = 8 * torch.distributions.Normal(0.0, 1.0).cdf(torch.logit(t))
+    assert octiles.long().tolist() == list(range(8))
+    assert t.tolist() != flow.sample_times(8, 1.0, torch.Generator().manual_seed(1)).tolist()
+
+
 def test_guidance_acts_on_all_channels_and_1_is_off():
     condition, null = [torch.full((2, 1), 3.0)], [torch.full((2, 1), 1.0)]
     calls = []

@@ -24,7 +24,8 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "random"
     torch.manual_seed(0)
     hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), folder / "vae")
-    covered = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9}, "pneumonia": {"positive": 2}, "dataset": {"own": 9}, "age": [20, 80]}
+    covered = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9}, "pneumonia": {"positive": 2}, "dataset": {"own": 9},
+               "age": [20, 80]}
     config = radit.RadiTConfig(channels=8, grid=(8, 8), width=128, depth=2, heads=2, datasets=(*data.DATASETS, "own"),
                                covered=covered, examples=[{"age": 30.0, "sex": "male"}, {"view": "PA"}], shift=2.0,
                                vae=hub.fingerprint(folder / "vae"))
@@ -57,7 +58,8 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
     assert "2/2" in errors and "3 images" in output                  # the progress bar, and the summary
     rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
     assert [(r["file"], r["seed"]) for r in rows] == [("0000.png", "40"), ("0001.png", "41"), ("0002.png", "42")]
-    assert {k: v for k, v in rows[0].items() if v and k not in ("file", "seed")} == {"age": "44.0", "sex": "female", "pneumonia": "positive"}
+    asked = {k: v for k, v in rows[0].items() if v and k not in ("file", "seed")}
+    assert asked == {"age": "44.0", "sex": "female", "pneumonia": "positive"}
     image = Image.open(tmp_path / "out/0001.png")
     assert image.mode == "L" and image.size == (32, 32)
     assert image.text["Synthetic"] == "yes" and image.text["Seed"] == "41" and image.text["Weights"] == "random"
@@ -144,7 +146,8 @@ def test_demo_draws_chests_not_noise(demo):
     assert grain < 0.1
 
 
-@pytest.mark.parametrize("field, values", [("view", ("AP", "PA")), ("dataset", ("ChestX-ray14", "kermany")), ("age", (20.0, 70.0))])
+@pytest.mark.parametrize("field, values", [
+    ("view", ("AP", "PA")), ("dataset", ("ChestX-ray14", "kermany")), ("age", (20.0, 70.0))])
 def test_demo_metadata_steers_and_the_seed_holds(demo, field, values):
     """Two values of one field change the picture, and less than another seed does."""
     model, decoder = demo

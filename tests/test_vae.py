@@ -149,3 +149,14 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     vae.encode([prepared], tmp_path / "vae", tmp_path / "latents")
     assert json.loads((tmp_path / "latents/latents.json").read_text())["vae"] == hub.fingerprint(tmp_path / "vae")
     assert shard.stat().st_mtime_ns != before
+
+
+def test_evaluate_averages_the_held_out_images(tmp_path, prepared, command):
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    model, images = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae"), data.Radiographs([prepared], "train")
+    x = torch.stack([images[i] for i in range(4)])
+    y = model.decode(model.encode(x)[0]).clamp(-1, 1)
+    status, output, _ = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train")
+    assert status == 0 and f"4 images of the split train: PSNR {vae.psnr(x, y).mean():.2f} dB" in output
+    status, _, errors = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "test")
+    assert status == 2 and "no image in the split test" in errors
