@@ -146,7 +146,7 @@ def read_dicom(path):
     pixels = apply_modality_lut(ds.pixel_array, ds).astype(np.float64)
     if "VOILUTSequence" in ds:
         pixels = apply_voi(pixels.astype(np.int64), ds) / (2.0 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
-    elif "WindowWidth" in ds:  # PS3.3 C.11.2.1.2; the first window where there are several
+    elif ds.get("WindowWidth") is not None:  # PS3.3 C.11.2.1.2; the first window where there are several
         center, width = (float(np.atleast_1d(ds[tag].value)[0]) for tag in ("WindowCenter", "WindowWidth"))
         kind = ds.get("VOILUTFunction", "LINEAR")
         if kind == "SIGMOID":
@@ -415,10 +415,14 @@ class Radiographs(torch.utils.data.Dataset):
     """The images of prepared sources, as (1, H, W) float32 in [-1, 1]; `records` holds what is known of each."""
 
     def __init__(self, folders, split=None):
-        self.records = []
+        self.records, sizes = [], {}
         for root in map(Path, folders):
-            self.records += [record | {"path": root / record["path"]} for record in read_index(root)
-                             if split in (None, record["split"])]
+            records = [record | {"path": root / record["path"]} for record in read_index(root)]
+            with Image.open(records[0]["path"]) as first:
+                sizes[str(root)] = first.size
+            self.records += [record for record in records if split in (None, record["split"])]
+        if len(set(sizes.values())) > 1:
+            raise InputError("prepared at different sizes: " + ", ".join(f"{root} {w}x{h}" for root, (w, h) in sizes.items()))
         if not self.records:
             raise InputError(f"{', '.join(map(str, folders))}: no image in the split {split}")
 

@@ -253,6 +253,15 @@ def test_folder_with_an_index_keeps_what_it_says(tmp_path):
         data.Radiographs([tmp_path / "out"], "test")
 
 
+def test_sources_of_different_sizes_do_not_mix(tmp_path):
+    for name, size in (("a", 64), ("b", 96)):
+        (tmp_path / name).mkdir()
+        picture(tmp_path / name, RAMP, name="x.png")
+        data.prepare("folder", tmp_path / name, tmp_path / f"{name}-out", size)
+    with pytest.raises(InputError, match="different sizes: .*a-out 64x64, .*b-out 96x96"):
+        data.Radiographs([tmp_path / "a-out", tmp_path / "b-out"])
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"ImagePath": "../../etc/passwd"}, "line 2: ImagePath '../../etc/passwd' leaves"),
     ({"ImagePath": "/etc/passwd"}, "line 2: ImagePath '/etc/passwd' leaves"),
