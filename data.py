@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydicom.pixels import apply_modality_lut, apply_voi
@@ -232,6 +233,19 @@ def save_image(image, path, text=None):
     array = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
     Image.fromarray(array).save(f"{path}.tmp", "PNG", pnginfo=info)
     os.replace(f"{path}.tmp", path)
+
+
+def jitter(images, generator):
+    """Images (N, 1, H, W) as a slightly different exposure would show them: up to 12 % closer, moved by no more than
+    that leaves room for, tilted by up to 3 degrees, brighter or darker by a gamma of up to 1.2. Never flipped."""
+    zoom, tilt, x, y, gamma = (torch.rand(5, len(images), generator=generator) * 2 - 1)  # N each, in [-1, 1]
+    zoom, tilt = 1.06 + 0.06 * zoom, math.radians(3) * tilt
+    room = 1 - 1 / zoom                                              # half of what the zoom leaves out, in half images
+    affine = torch.stack([torch.stack([tilt.cos() / zoom, -tilt.sin() / zoom, x * room], -1),
+                          torch.stack([tilt.sin() / zoom, tilt.cos() / zoom, y * room], -1)], 1)  # N 2 3
+    points = F.affine_grid(affine, images.shape, align_corners=False)
+    moved = F.grid_sample(images, points, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
+    return ((moved + 1) / 2) ** (1.2 ** gamma).view(-1, 1, 1, 1) * 2 - 1
 
 
 def grid(images, columns=None):

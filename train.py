@@ -284,23 +284,26 @@ class RadiTTask:
 
 
 class Examples(torch.utils.data.Dataset):
-    """Training examples of RadiT: (mean, log-variance, age, codes). A pixel image is its own mean, without variance."""
+    """Training examples of RadiT: (mean, log-variance, age, codes), one for each cached version of each image. A pixel
+    image is its own mean, without variance."""
 
     def __init__(self, images, latents, datasets):
         self.images, self.latents = images, latents
         self.age, self.codes = data.encode_metadata(images.records, datasets)
+        self.items = [(i, None) for i in range(len(images))]         # image, row of the cache
         if latents:
             names = vae.names_of(images)
-            if missing := [name for name in names if name not in latents.row]:
+            if missing := [name for name in names if name not in latents.rows]:
                 raise InputError(f"{latents.folder}: no latent for {missing[0]} ({len(missing)} missing); encode again")
-            self.rows = [latents.row[name] for name in names]
+            self.items = [(i, row) for i, name in enumerate(names) for row in latents.rows[name]]
 
     def __len__(self):
-        return len(self.images)
+        return len(self.items)
 
-    def __getitem__(self, i):
+    def __getitem__(self, item):
+        i, row = self.items[item]
         if self.latents:
-            mean, logvar = self.latents[self.rows[i]]                # C H W each
+            mean, logvar = self.latents[row]                         # C H W each
         else:
             mean = self.images[i]                                    # 1 H W
             logvar = torch.full_like(mean, -math.inf)

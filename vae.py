@@ -257,27 +257,40 @@ def names_of(radiographs):
 
 
 @torch.no_grad()
-def encode(folders, vae_folder, out, batch=16):
-    """Encodes every image of the prepared sources. Finished shards of the same VAE and images are kept."""
+def encode(folders, vae_folder, out, versions=1, batch=16):
+    """Encodes every image of the prepared sources. Finished shards of the same VAE and images are kept.
+
+    With versions > 1 a training image has that many rows: as it is, and jittered, so that a small data set is not
+    learnt by heart. The jitter of a row depends on its number alone.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = hub.load_model(RadVAE, VAEConfig, vae_folder).to(device)
     images = data.Radiographs(folders)
-    about = {"vae": hub.fingerprint(vae_folder), "images": names_of(images)}
-    if len(set(about["images"])) < len(images):
+    names = names_of(images)
+    if len(set(names)) < len(images):
         raise data.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
+    rows = [(i, version) for i, record in enumerate(images.records)
+            for version in range(versions if record["split"] == "train" else 1)]
+    about = {"vae": hub.fingerprint(vae_folder), "rows": [names[i] for i, _ in rows]}
     table = out / "latents.json"
     if not table.exists() or json.loads(table.read_text()) != about:
         for shard in out.glob("*.safetensors"):
             shard.unlink()
         out.mkdir(parents=True, exist_ok=True)
         hub.write_json(table, about)
-    for start in tqdm(range(0, len(images), SHARD), unit="shard"):
-        path = out / f"{start // SHARD:05}.safetensors"
+
+    def picture(row):
+        i, version = rows[row]
+        x = images[i][None]                                          # 1 1 H W
+        return data.jitter(x, torch.Generator().manual_seed(row)) if version else x
+
+    for start in tqdm(range(0, len(rows), SHARD), unit="shard"):
+        path, stop = out / f"{start // SHARD:05}.safetensors", min(start + SHARD, len(rows))
         if path.exists():
             continue
         moments = []
-        for i in range(start, min(start + SHARD, len(images)), batch):
-            x = torch.stack([images[j] for j in range(i, min(i + batch, start + SHARD, len(images)))])  # N 1 H W
+        for first in range(start, stop, batch):
+            x = torch.cat([picture(row) for row in range(first, min(first + batch, stop))])  # N 1 H W
             moments.append([half.half().cpu() for half in model.encode(x.to(device))])
         mean, logvar = (torch.cat(halves) for halves in zip(*moments))
         safetensors.torch.save_file({"mean": mean, "logvar": logvar}, f"{path}.tmp")
@@ -297,17 +310,19 @@ def evaluate(folders, vae_folder, split, batch=16):
 
 
 class Latents:
-    """Cached latents by row: latents[i] is (mean, log-variance), each (4c, h, w) float32, read from disk when asked."""
+    """Cached latents by row: latents[row] is (mean, log-variance), each (4c, h, w) float32, read from disk when asked."""
 
     def __init__(self, folder):
         self.folder, self.shards = Path(folder), {}
         if not (self.folder / "latents.json").exists():
             raise data.InputError(f"{folder}: no latents.json; make it with python vae.py encode")
         about = json.loads((self.folder / "latents.json").read_text())
-        self.vae, self.row = about["vae"], {name: i for i, name in enumerate(about["images"])}
+        self.vae, self.rows = about["vae"], {}                       # rows: image -> where its versions are
+        for row, name in enumerate(about["rows"]):
+            self.rows.setdefault(name, []).append(row)
 
-    def __getitem__(self, i):
-        number, row = divmod(i, SHARD)
+    def __getitem__(self, row):
+        number, row = divmod(row, SHARD)
         if number not in self.shards:
             self.shards[number] = safetensors.safe_open(self.folder / f"{number:05}.safetensors", "pt")
         return tuple(self.shards[number].get_slice(name)[row].float() for name in ("mean", "logvar"))
@@ -322,10 +337,12 @@ def main():
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
         p.add_argument("--vae", type=Path, required=True, help="a folder with config.json and model.safetensors")
     commands.choices["encode"].add_argument("--out", type=Path, required=True)
+    commands.choices["encode"].add_argument("--versions", type=data.positive, default=1,
+                                            help="rows of a training image: itself and slightly moved copies, for small data sets")
     commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
     args = parser.parse_args()
     if args.command == "encode":
-        return encode(args.data, args.vae, args.out)
+        return encode(args.data, args.vae, args.out, args.versions)
     decibel, similarity = evaluate(args.data, args.vae, args.split)
     print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
           f"{decibel.std():.2f}), SSIM {similarity.mean():.4f} ({similarity.std():.4f})")

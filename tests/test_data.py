@@ -138,6 +138,21 @@ def test_grid_by_hand():
     assert data.grid(images, columns=2).tolist() == [[[0, 1], [2, -1]]]
 
 
+def test_jitter_moves_a_little_and_never_flips():
+    """A bright spot on the left, above the middle: it stays within the promised distance, on its side."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
+    image = (2 * torch.exp(-((x + 0.6) ** 2 + (y + 0.3) ** 2) / 0.02) - 1).expand(200, 1, 128, 128)
+    moved = data.jitter(image, torch.Generator().manual_seed(0))
+    assert moved.min() >= -1 and moved.max() <= 1
+    weight = ((moved + 1) / 2) ** 4
+    place = torch.stack([(weight * axis).sum((1, 2, 3)) / weight.sum((1, 2, 3)) for axis in (x, y)], 1)
+    distance = (place - torch.tensor([-0.6, -0.3])).norm(dim=1)
+    # 12 % closer and 0.12 of room along each axis: at most 0.12 * (1 + 0.6), 0.12 * (1 + 0.3); the tilt adds 0.05 * 0.67
+    assert 0.03 < distance.mean() and distance.max() < (0.19 ** 2 + 0.16 ** 2) ** 0.5 + 0.05
+    assert place[:, 0].max() < -0.3
+    assert torch.equal(moved, data.jitter(image, torch.Generator().manual_seed(0)))
+
+
 # --- DICOM ----------------------------------------------------------------------------------------------
 
 STORED = np.linspace(0, 4095, 80 * 80).reshape(80, 80).round().astype(np.uint16)

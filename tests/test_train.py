@@ -169,7 +169,7 @@ def test_loss_by_t_adds_up(phantoms):
     sums, counts = terms["loss_by_t"]
     assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)
     with pytest.raises(InputError, match="no latent for"):
-        latents = type("Empty", (), {"row": {}, "folder": "cache"})()
+        latents = type("Empty", (), {"rows": {}, "folder": "cache"})()
         train.Examples(images, latents, config.datasets)
 
 

@@ -137,6 +137,7 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     for i in range(5):
         mean, logvar = stored.encode(images[i][None])
         assert torch.allclose(cached[i][0], mean[0], atol=5e-3) and torch.allclose(cached[i][1], logvar[0], atol=2e-2)
+    assert cached.rows["five/images/3.png"] == [3] and cached.vae == hub.fingerprint(tmp_path / "vae")
     # Finished shards are kept by the same VAE and replaced for another.
     shard = tmp_path / "latents/00000.safetensors"
     before = shard.stat().st_mtime_ns
@@ -149,6 +150,18 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     vae.encode([prepared], tmp_path / "vae", tmp_path / "latents")
     assert json.loads((tmp_path / "latents/latents.json").read_text())["vae"] == hub.fingerprint(tmp_path / "vae")
     assert shard.stat().st_mtime_ns != before
+
+
+def test_versions_of_training_images_are_jittered(tmp_path, prepared):
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    vae.encode([prepared], tmp_path / "vae", tmp_path / "latents", versions=3)
+    cached, images = vae.Latents(tmp_path / "latents"), data.Radiographs([prepared])
+    assert cached.rows["five/images/1.png"] == [3, 4, 5] and cached.rows["five/images/4.png"] == [12]  # 4 is held out
+    stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
+    assert torch.allclose(cached[3][0], stored.encode(images[1][None])[0][0], atol=5e-3)
+    moved = data.jitter(images[1][None], torch.Generator().manual_seed(5))
+    assert torch.allclose(cached[5][0], stored.encode(moved)[0][0], atol=5e-3)
+    assert (cached[3][0] - cached[5][0]).abs().mean() > 0.01
 
 
 def test_evaluate_averages_the_held_out_images(tmp_path, prepared, command):
