@@ -1,47 +1,48 @@
-"""Radiographs and what is known of them: 19 metadata fields, one index, one way to read an image.
+"""Radiographs and what is known of them: 19 metadata fields and one index, from seven sources or any folder.
 
 The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into 19 fields:
-dataset, age, sex, race, view and the 14 CheXpert labels. This file does the same for a folder of images.
+dataset, age, sex, race, view and the 14 CheXpert labels. This file does the same for a download of any of them.
 
-    source folder --prepare--> PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
-                               PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
-                               PREPARED/rejected.csv  path and reason of every image that was not taken
+    source (sources.py) --prepare--> PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
+                                     PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
+                                     PREPARED/rejected.csv  path and reason of every image that was not taken
 
 Conventions. Metadata in memory: a dict of field -> value in which an unknown field is absent. In tensors:
 `age` (N,) float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown.
-Images in memory: float32 (1, H, W) in [-1, 1], black is -1.
 
     python data.py prepare nih ROOT OUT --size 256
     python data.py prepare folder ROOT OUT          (DICOM, PNG or JPEG; an index.csv in ROOT is used if there)
+    python data.py stats PREPARED... --out stats.png
 """
 import argparse
 import csv
-import gzip
 import hashlib
+import hmac
+import itertools
+import json
 import math
 import multiprocessing
 import os
-import re
+import secrets
 import sys
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pydicom
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydicom.pixels import apply_modality_lut, apply_voi
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
+
+import sources
+from radiograph import Rejected, is_dicom, load_image, read_radiograph
+from sources import LABELS
 
 # ---------------------------------------------------------------------------------------------------------
 # The 19 fields
 
 DATASETS = ("MIMIC-CXR", "ReXGradient", "CheXpert-Plus", "PadChest", "ChestX-ray14", "BRAX", "VinDr-CXR")
-LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-          "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-          "Fracture", "Support Devices")  # CheXpert's order
-FINDINGS = {label.lower().replace(" ", "_"): label for label in LABELS}  # field name -> column name
+FINDINGS = {sources.field_of(label): label for label in LABELS}  # field name -> column name
 
 # Every field but age, with its values; code k in a tensor is values[k - 1], and 0 is unknown.
 VALUES = {"dataset": DATASETS, "sex": ("female", "male"), "race": ("asian", "black", "white"),
@@ -56,10 +57,6 @@ SPLITS = ("train", "valid", "test")
 
 class InputError(ValueError):
     """Something the user can mend: one line that names what is wrong and what is accepted."""
-
-
-class Rejected(ValueError):
-    """An image that cannot be used, and why. The run goes on."""
 
 
 def run(main):
@@ -129,135 +126,20 @@ def coverage(records):
     return covered | ({"age": [min(ages), max(ages)]} if ages else {})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A radiograph as a radiologist sees it
+def settle(record):
+    """The one policy for labels that do not agree or are not said, applied to every source's records.
 
-def read_dicom(path):
-    """(H, W) float64 in [0, 1] from a DICOM file: modality LUT, then VOI LUT or window, then MONOCHROME1 inverted."""
-    ds = pydicom.dcmread(path)
-    if str(ds.get("Modality", "")) not in ("CR", "DX", "DR", "RG", ""):
-        raise Rejected(f"modality {ds.Modality}, not a radiograph")
-    body = str(ds.get("BodyPartExamined", "")).upper()
-    if body and not any(word in body for word in ("CHEST", "THORAX", "LUNG")):
-        raise Rejected(f"body part {body}, not a chest")
-    if ds.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Rejected(f"photometric interpretation {ds.get('PhotometricInterpretation')}, not grey")
-    if int(ds.get("NumberOfFrames", 1)) > 1:
-        raise Rejected("more than one frame")
-    pixels = apply_modality_lut(ds.pixel_array, ds).astype(np.float64)
-    if "VOILUTSequence" in ds:
-        pixels = apply_voi(pixels.astype(np.int64), ds) / (2.0 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
-    elif ds.get("WindowWidth") is not None:  # PS3.3 C.11.2.1.2; the first window where there are several
-        center, width = (float(np.atleast_1d(ds[tag].value)[0]) for tag in ("WindowCenter", "WindowWidth"))
-        kind = ds.get("VOILUTFunction", "LINEAR")
-        if kind == "SIGMOID":
-            pixels = 1 / (1 + np.exp(-4 * (pixels - center) / width))
-        elif kind == "LINEAR_EXACT":
-            pixels = (pixels - center) / width + 0.5
-        else:
-            pixels = (pixels - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
-    else:  # the whole range of the stored bits, never the image's own minimum and maximum
-        least = -(2.0 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0.0
-        ends = apply_modality_lut(np.array([least, least + 2.0 ** ds.BitsStored - 1]), ds)
-        pixels = (pixels - ends[0]) / (ends[1] - ends[0])
-    pixels = pixels.clip(0, 1)
-    return 1 - pixels if ds.PhotometricInterpretation == "MONOCHROME1" else pixels
-
-
-def read_picture(path):
-    """(H, W) float64 in [0, 1] from PNG, JPEG and their kind; 8 or 16 bits, palettes and opaque alpha are taken."""
-    with Image.open(path) as image:
-        if image.mode in ("I;16", "I;16B", "I"):
-            return np.asarray(image).astype(np.float64) / 65535
-        if image.mode in ("P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
-            image = image.convert("RGBA")
-            if np.asarray(image)[..., 3].min() < 255:
-                raise Rejected("transparent pixels")
-        array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")).astype(np.float64) / 255
-    if array.ndim == 3:
-        if np.abs(array - array.mean(-1, keepdims=True)).max() > 0.1:  # JPEG's colour conversion costs a few levels
-            raise Rejected("colour image")
-        array = array.mean(-1)
-    return array
-
-
-def read_radiograph(path, size, bits=8):
-    """One image file as a (size, size) array of uint8 or uint16: grey, antialiased resize, centred on black.
-
-    Raises Rejected with the reason for whatever is not a usable radiograph.
+    1. Uncertain and blank are unknown: the sources leave them out.
+    2. A positive finding overrules No Finding, which becomes negative. Devices are no finding.
+    3. A positive No Finding makes every finding that is still unknown negative; support devices stay as they are.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise Rejected("empty file")
-        pixels = read_dicom(path) if is_dicom(path) else read_picture(path)
-    except Rejected:
-        raise
-    except UnidentifiedImageError:
-        raise Rejected("not an image") from None
-    except Exception as error:  # decoders raise whatever they like on a damaged file; all of it is the file's fault
-        raise Rejected(f"unreadable: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    if min(pixels.shape) < 64:
-        raise Rejected(f"only {pixels.shape[1]}x{pixels.shape[0]} pixels")
-    if pixels.max() - pixels.min() < 2 / 255:
-        raise Rejected("constant image")
-    height, width = pixels.shape
-    scale = size / max(height, width)
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    resized = Image.fromarray(pixels.astype(np.float32)).resize((width, height), Image.Resampling.LANCZOS)
-    canvas = np.zeros((size, size), np.float32)
-    top, left = (size - height) // 2, (size - width) // 2
-    canvas[top:top + height, left:left + width] = resized
-    white = 2 ** bits - 1
-    return (canvas.clip(0, 1) * white).round().astype(np.uint8 if bits == 8 else np.uint16)
+    findings = [field for field in FINDINGS if field not in ("no_finding", "support_devices")]
+    if any(record.get(field) == "positive" for field in findings):
+        return record | {"no_finding": "negative"}
+    if record.get("no_finding") == "positive":
+        return {field: "negative" for field in findings} | record
+    return record
 
-
-def is_dicom(path):
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def load_image(path):
-    """A prepared grey PNG as float32 (1, H, W) in [-1, 1]."""
-    with Image.open(path) as image:
-        array = np.asarray(image)
-    white = 65535 if array.dtype != np.uint8 else 255
-    return torch.from_numpy(array.astype(np.float32) / white)[None] * 2 - 1
-
-
-def save_image(image, path, text=None):
-    """Writes a (1, H, W) float image in [-1, 1] as an 8-bit grey PNG, `text` (a dict) into its text fields."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(key, value)
-    array = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(array).save(f"{path}.tmp", "PNG", pnginfo=info)
-    os.replace(f"{path}.tmp", path)
-
-
-def jitter(images, generator):
-    """Images (N, 1, H, W) as a slightly different exposure would show them: up to 12 % closer, moved by no more than
-    that leaves room for, tilted by up to 3 degrees, brighter or darker by a gamma of up to 1.2. Never flipped."""
-    zoom, tilt, x, y, gamma = (torch.rand(5, len(images), generator=generator) * 2 - 1)  # N each, in [-1, 1]
-    zoom, tilt = 1.06 + 0.06 * zoom, math.radians(3) * tilt
-    room = 1 - 1 / zoom                                              # half of what the zoom leaves out, in half images
-    affine = torch.stack([torch.stack([tilt.cos() / zoom, -tilt.sin() / zoom, x * room], -1),
-                          torch.stack([tilt.sin() / zoom, tilt.cos() / zoom, y * room], -1)], 1)  # N 2 3
-    points = F.affine_grid(affine, images.shape, align_corners=False)
-    moved = F.grid_sample(images, points, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
-    return ((moved + 1) / 2) ** (1.2 ** gamma).view(-1, 1, 1, 1) * 2 - 1
-
-
-def grid(images, columns=None):
-    """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black."""
-    columns = columns or math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    empty = -torch.ones(rows * columns - len(images), *images.shape[1:], device=images.device)
-    return rearrange(torch.cat([images, empty]), "(r c) 1 h w -> 1 (r h) (c w)", c=columns)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The sources: each yields (file, record); a record holds fields, "patient" and "split", and the image's new "name"
 
 def stable_split(patient, valid=0.1, test=0.1):
     """train, valid or test by a hash of the patient: the same on every machine, no patient in two splits."""
@@ -265,113 +147,54 @@ def stable_split(patient, valid=0.1, test=0.1):
     return "test" if u < test else "valid" if u < test + valid else "train"
 
 
-# ChestX-ray14's terms that have a CheXpert label. Infiltration is read as lung opacity (the term covers any ill-
-# defined opacity); nodules and masses are lesions; emphysema, fibrosis and hernia have no CheXpert counterpart.
-NIH_TERMS = {"No Finding": "No Finding", "Cardiomegaly": "Cardiomegaly", "Infiltration": "Lung Opacity",
-             "Nodule": "Lung Lesion", "Mass": "Lung Lesion", "Edema": "Edema", "Consolidation": "Consolidation",
-             "Pneumonia": "Pneumonia", "Atelectasis": "Atelectasis", "Pneumothorax": "Pneumothorax",
-             "Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Other"}
-
-
-def nih(root):
-    """ChestX-ray14: Data_Entry_2017*.csv, the official test list by patient; what is not named stays unknown."""
-    tables = sorted(root.glob("Data_Entry_2017*.csv*"))
-    if not tables or not (root / "test_list.txt").exists():
-        raise InputError(f"{root}: no Data_Entry_2017*.csv or no test_list.txt, so this is not ChestX-ray14")
-    test = set((root / "test_list.txt").read_text().split())
-    files = {path.name: path for path in sorted(root.rglob("images/*.png"), reverse=True)}
-    for row in read_table(tables[-1]):
-        name = row["Image Index"]
-        if name not in files:
-            continue  # somebody downloaded a part
-        patient = "NIH" + row["Patient ID"].zfill(8)
-        record = {"name": name, "patient": patient, "dataset": "ChestX-ray14", "view": row["View Position"],
-                  "sex": {"F": "female", "M": "male"}[row["Patient Gender"]],
-                  "split": "test" if name in test else stable_split(patient, valid=0.1, test=0)}
-        if int(row["Patient Age"]) <= MAX_AGE:
-            record["age"] = float(row["Patient Age"])
-        for term in row["Finding Labels"].split("|"):
-            if term in NIH_TERMS:
-                record[NIH_TERMS[term].lower().replace(" ", "_")] = "positive"
-        if record.get("no_finding") == "positive":  # read as "none of the findings"; devices were not looked for
-            record |= {field: "negative" for field in FINDINGS if field not in ("no_finding", "support_devices")}
-        else:
-            record["no_finding"] = "negative"
-        yield files[name], record
-
-
-def folder(root):
-    """Any tree of DICOM, PNG or JPEG. An index.csv in the index's own columns says what is known; else DICOM tags."""
-    if (root / "index.csv").exists():
-        for record in read_index(root):
-            name = hashlib.sha256(record["path"].encode()).hexdigest()[:16] + ".png"
-            yield root / record["path"], record | {"name": name}
-        return
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        relative = str(path.relative_to(root))
-        digest = hashlib.sha256(relative.encode()).hexdigest()[:16]
-        record = {"name": digest + ".png", "patient": digest, "dataset": root.resolve().name}
-        if path.stat().st_size and is_dicom(path):
-            ds = pydicom.dcmread(path, stop_before_pixels=True)
-            sex, view, age = ds.get("PatientSex"), str(ds.get("ViewPosition", "")), str(ds.get("PatientAge", ""))
-            record["patient"] = hashlib.sha256(str(ds.get("PatientID") or relative).encode()).hexdigest()[:16]
-            record |= {"sex": {"F": "female", "M": "male"}.get(sex), "age": dicom_age(age),
-                       "view": {"AP": "AP", "PA": "PA", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL"}.get(view)}
-        yield path, {k: v for k, v in record.items() if v is not None} | {"split": stable_split(record["patient"])}
-
-
-def dicom_age(text):
-    """'057Y', '018M', '002W', '003D' or, as some write, '57', in years; None if blank or of another form."""
-    if match := re.fullmatch(r"(\d{1,3})([YMWD]?)", text):
-        years = int(match[1]) * {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
-        return years if years <= MAX_AGE else None
-
-
-SOURCES = {"nih": nih, "folder": folder}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The index
 
-def read_table(path):
-    """The rows of a .csv or .csv.gz as dicts."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
-
-
-def read_index(root):
-    """The rows of ROOT/index.csv: dicts of the known fields and path, patient, split. Names of new data sets pass.
+def index_records(root):
+    """The rows of ROOT/index.csv, one at a time: dicts of the known fields and path, patient, split. Names of new data
+    sets pass. ROOT may also be a table of that form itself, such as the master CSV of CXR7-1M, beside its images.
 
     Raises InputError for a missing file or column, a value outside the vocabulary, a path that leaves ROOT.
     """
-    root, records = Path(root), []
-    table = root / "index.csv"
+    root = Path(root)
+    table, root = (root, root.parent) if root.is_file() else (root / "index.csv", root)
     if not table.exists():
         raise InputError(f"{root}: no index.csv, so this is not a prepared source (see python data.py prepare)")
-    for number, row in enumerate(read_table(table), start=2):
-        missing = [column for column in COLUMNS if row.get(column) is None]
-        if missing:
-            raise InputError(f"{table}, line {number}: no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
+    inside = root.resolve()
+    for number, row in enumerate(sources.read_table(table), start=2):
         try:
-            if not (root / row["ImagePath"]).resolve().is_relative_to(root.resolve()):
-                raise InputError(f"ImagePath {row['ImagePath']!r} leaves {root}")
-            if row["Split"] not in SPLITS:
-                raise InputError(f"unknown Split {row['Split']!r}; accepted: {', '.join(SPLITS)}")
-            codes = {"0": None, "1": "negative", "2": "positive"}
-            record = {"dataset": row["Dataset_name"] or None, "age": parse_value("age", row["Age"]),
-                      "sex": parse_value("sex", row["Sex_name"]), "race": parse_value("race", row["Race_name"]),
-                      "view": parse_value("view", row["View_name"])}
-            for field, label in FINDINGS.items():
-                if row[label] not in codes:
-                    raise InputError(f"unknown code {row[label]!r} for {label}; accepted: 0 unknown, 1 negative, 2 positive")
-                record[field] = codes[row[label]]
+            yield index_record(row, inside)
         except InputError as error:
             raise InputError(f"{table}, line {number}: {error}") from None
-        record |= {"path": row["ImagePath"], "patient": row["PatientID"], "split": row["Split"]}
-        records.append({key: value for key, value in record.items() if value is not None})
-    if not records:
-        raise InputError(f"{table}: no rows")
-    return records
+
+
+def index_record(row, root):
+    """One row as a record."""
+    missing = [column for column in COLUMNS if row.get(column) is None]
+    if missing:
+        raise InputError(f"no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
+    if not (root / row["ImagePath"]).resolve().is_relative_to(root):
+        raise InputError(f"ImagePath {row['ImagePath']!r} leaves {root}")
+    if row["Split"] not in SPLITS:
+        raise InputError(f"unknown Split {row['Split']!r}; accepted: {', '.join(SPLITS)}")
+    record = {"dataset": row["Dataset_name"] or None, "age": parse_value("age", row["Age"]),
+              "sex": parse_value("sex", row["Sex_name"]), "race": parse_value("race", row["Race_name"]),
+              "view": parse_value("view", row["View_name"]), "path": row["ImagePath"], "patient": row["PatientID"],
+              "split": row["Split"]}
+    codes = {"0": None, "": None, "1": "negative", "2": "positive"}
+    for field, label in FINDINGS.items():
+        code = row[label].removesuffix(".0")                         # pandas writes whole numbers so beside blanks
+        if code not in codes:
+            raise InputError(f"unknown code {row[label]!r} for {label}; accepted: 0 unknown, 1 negative, 2 positive")
+        record[field] = codes[code]
+    return sources.spelled(record)
+
+
+def read_index(root):
+    """All rows of ROOT/index.csv; see index_records."""
+    if records := list(index_records(root)):
+        return records
+    raise InputError(f"{root}: the index has no rows")
 
 
 def index_row(record):
@@ -383,6 +206,13 @@ def index_row(record):
             record.get("view", "Unknown"), record["split"], *(label[record.get(field)] for field in FINDINGS)]
 
 
+def write_json(path, value):
+    """Writes to a temporary name, then renames."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
 def write_csv(path, header, rows):
     """Writes to a temporary name, then renames: a reader finds the whole file or none."""
     temporary = path.with_name(path.name + ".tmp")
@@ -391,38 +221,133 @@ def write_csv(path, header, rows):
     os.replace(temporary, path)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Preparing: a stream of (file, record) to images and rows, in the stream's order, in chunks that can be continued
+
+def folder(root):
+    """Any tree of DICOM, PNG or JPEG. An index.csv in the index's own columns says what is known; else DICOM tags."""
+    if (root / "index.csv").exists():
+        for record in index_records(root):
+            path = root / record.pop("path")
+            yield path if path.is_file() else None, record | {"name": str(path.relative_to(root))}
+        return
+    for path in sources.walk(root):
+        relative = str(path.relative_to(root))
+        record = {"name": relative, "patient": relative, "dataset": root.resolve().name}
+        if path.stat().st_size and is_dicom(path):
+            ds = pydicom.dcmread(path, stop_before_pixels=True)
+            record |= sources.spelled({"patient": ds.get("PatientID") or None, "sex": sources.SEX.get(ds.get("PatientSex")),
+                                       "age": sources.age_of(ds.get("PatientAge")), "view": sources.VIEW.get(ds.get("ViewPosition"))})
+        yield path, record
+
+
+SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sources.padchest, "rexgradient": sources.rexgradient,
+           "nih": sources.nih, "brax": sources.brax, "vindr": sources.vindr, "folder": folder}
+CHUNK = 1024  # images between two marks from which an interrupted run continues
+
+
+def keyed(out):
+    """text -> 16 hex digits by a key that lies beside OUT, not in it: who gets the prepared folder cannot turn an
+    identifier back by trying all of them. The same key makes the same names when a folder is prepared again."""
+    path = out.with_name(out.name + ".key")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    key = bytes.fromhex(path.read_text())
+    return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
+
+
+def read_labels(path):
+    """Prepared image name -> labels, from a CSV with the column "name" and the 14 labels in CheXpert's coding."""
+    rows = list(sources.read_table(path))
+    missing = {"name", *LABELS} - set(rows[0] if rows else ())
+    if missing:
+        raise InputError(f"{path}: no column {', '.join(sorted(missing))}; needed are name and the 14 labels")
+    return {row["name"]: sources.spelled(sources.chexpert_labels(row)) for row in rows}
+
+
+def records_of(source, root, out, labels=None):
+    """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital."""
+    hashed = None
+    for file, record in SOURCES[source](root):
+        record |= (labels or {}).get(record["name"], {})
+        if source == "folder":
+            hashed = hashed or keyed(out)
+            record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
+        # A source with an official test set and no validation set gives a tenth of the other patients to the latter.
+        share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
+        record["path"] = f"images/{record.pop('name')}.png"
+        if source != "folder" or labels:  # an index in the project's own columns is taken as it says
+            record = settle(record)
+        yield file, {"split": stable_split(record["patient"], **share)} | record
+
+
 def prepare_one(job):
-    """Reads, resizes and writes one image; returns (record, None) or (record, reason)."""
+    """Reads, resizes and writes one image; returns None or the reason why not."""
     file, record, out, size, bits = job
-    target = out / "images" / record["name"]
+    target = out / record["path"]
     try:
+        if "unfit" in record:
+            raise Rejected(record["unfit"])
         array = read_radiograph(file, size, bits)
     except Rejected as reason:
-        return file, record, str(reason)
+        return str(reason)
     Image.fromarray(array).save(f"{target}.tmp", "PNG")
     os.replace(f"{target}.tmp", target)
-    return file, record, None
 
 
-def prepare(source, root, out, size=512, bits=8, workers=1):
-    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the numbers (taken, rejected)."""
+def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None):
+    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing.
+
+    Rows are written in the source's order, whatever the number of workers. After every chunk OUT/progress.json says how
+    far the two tables reach; the same command after an interruption cuts them there and goes on.
+    """
     root, out = Path(root), Path(out)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    jobs = [(file, record, out, size, bits) for file, record in SOURCES[source](root)]
-    if not jobs:
+    labels = read_labels(labels) if labels else None
+    total = sum(1 for _ in records_of(source, root, out, labels))
+    if not total:
         raise InputError(f"{root}: no images found for the source {source}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    rows, rejected = [], []
-    with multiprocessing.Pool(workers) as pool:
-        for file, record, reason in tqdm(pool.imap(prepare_one, jobs, chunksize=8), total=len(jobs), unit="image"):
-            if reason:
-                rejected.append([str(file.relative_to(root)), reason])
-            else:
-                rows.append(index_row(record | {"path": f"images/{record['name']}"}))
-    write_csv(out / "rejected.csv", ["path", "reason"], rejected)
-    write_csv(out / "index.csv", COLUMNS, rows)
-    return len(rows), len(rejected)
+    settings = {"source": source, "root": str(root.resolve()), "size": size, "bits": bits, "rows": total}
+    mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "ends": [0, 0]}
+    if mark.exists() and json.loads(mark.read_text())["settings"] == settings:
+        state = json.loads(mark.read_text())
+    counts = Counter({key: state[key] for key in ("taken", "rejected", "missing")})
+    parts = [out / "index.csv.part", out / "rejected.csv.part"]
+    for path, end in zip(parts, state["ends"]):
+        path.touch()
+        os.truncate(path, end)
+    with open(parts[0], "a", newline="") as index, open(parts[1], "a", newline="") as rejects, \
+            multiprocessing.Pool(workers) as pool, tqdm(total=total, initial=counts.total(), unit="image") as bar:
+        rows, reasons = csv.writer(index), csv.writer(rejects)
+        if not counts.total():
+            rows.writerow(COLUMNS)
+            reasons.writerow(["path", "reason"])
+        stream = itertools.islice(records_of(source, root, out, labels), counts.total(), None)
+        while chunk := list(itertools.islice(stream, CHUNK)):
+            present = [] if metadata_only else [(file, record, out, size, bits) for file, record in chunk if file]
+            results = pool.imap(prepare_one, present, chunksize=8)
+            for file, record in chunk:
+                reason = next(results) if file and not metadata_only else record.get("unfit")
+                if file is None and not metadata_only:
+                    counts["missing"] += 1
+                elif reason:
+                    counts["rejected"] += 1
+                    reasons.writerow([str(file.relative_to(root)) if file else record["path"], reason])
+                else:
+                    counts["taken"] += 1
+                    rows.writerow(index_row(record))
+                bar.update()
+            index.flush()
+            rejects.flush()
+            write_json(mark, {"settings": settings, **counts, "ends": [index.tell(), rejects.tell()]})
+    for path in parts:
+        os.replace(path, path.with_suffix(""))
+    mark.unlink()
+    return counts
 
 
 class Radiographs(torch.utils.data.Dataset):
@@ -447,6 +372,55 @@ class Radiographs(torch.utils.data.Dataset):
         return load_image(self.records[i]["path"])
 
 
+# ---------------------------------------------------------------------------------------------------------
+# What there is
+
+def statistics(folders):
+    """(field, value) -> Counter of data sets, over the rows of prepared sources; ages in decades."""
+    table = {}
+    for record in itertools.chain.from_iterable(map(index_records, folders)):
+        for field in FIELDS:
+            value = record.get(field, "unknown")
+            if field == "age" and value != "unknown":
+                value = f"{int(value) // 10 * 10}-{int(value) // 10 * 10 + 9}"
+            table.setdefault((field, value), Counter())[record.get("dataset", "unknown")] += 1
+    order = {value: i for values in VALUES.values() for i, value in enumerate(values)}
+
+    def rank(key):  # in the order of the fields and of their values, ages by number, unknown last
+        field, value = key
+        age = int(value.split("-")[0]) if field == "age" and value != "unknown" else 0
+        return FIELDS.index(field), value == "unknown", order.get(value, 99), age, value
+
+    return {key: table[key] for key in sorted(table, key=rank)}
+
+
+def print_statistics(table):
+    datasets = sorted({name for counts in table.values() for name in counts})
+    print(f"{'field':28}{'value':16}{'all':>10}" + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in datasets))
+    for (field, value), counts in table.items():
+        print(f"{field:28}{value:16}{counts.total():10,}" + "".join(f"{counts[name]:{max(10, len(name) + 2)},}" for name in datasets))
+
+
+def draw_statistics(table, path):
+    """One panel a field, one bar a value, stacked by data set."""
+    datasets = sorted({name for counts in table.values() for name in counts})
+    figure = Figure(figsize=(20, 12), layout="constrained")
+    for axes, field in zip(figure.subplots(4, 5).flat, FIELDS):
+        values = {value: counts for (name, value), counts in table.items() if name == field}
+        base = [0] * len(values)
+        for dataset in datasets:
+            heights = [counts[dataset] for counts in values.values()]
+            axes.bar(list(values), heights, bottom=base, label=dataset)
+            base = [a + b for a, b in zip(base, heights)]
+        axes.set_title(FINDINGS.get(field, field))
+        axes.tick_params("x", rotation=0 if len(values) < 4 else 60)
+    axes = figure.axes[-1]
+    axes.axis("off")
+    axes.legend(*figure.axes[0].get_legend_handles_labels(), loc="center")
+    figure.savefig(f"{path}.tmp", format="png", dpi=80)
+    os.replace(f"{path}.tmp", path)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare radiographs and their metadata.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -457,9 +431,20 @@ def main():
     p.add_argument("--size", type=positive, default=512, help="side of the square output in pixels")
     p.add_argument("--bits", type=int, default=8, choices=(8, 16))
     p.add_argument("--workers", type=positive, default=os.cpu_count())
+    p.add_argument("--metadata-only", action="store_true", help="the index of every row of the tables, without any image")
+    p.add_argument("--labels", type=Path, help="a CSV of labels by image name, for a source that has reports only")
+    p = commands.add_parser("stats", help="count every value of every field, by data set")
+    p.add_argument("prepared", nargs="+", type=Path)
+    p.add_argument("--out", type=Path, default=Path("stats.png"), help="the same as a picture")
     args = parser.parse_args()
-    taken, rejected = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers)
-    print(f"{taken} images in {args.out}/index.csv, {rejected} rejected (see {args.out}/rejected.csv)")
+    if args.command == "stats":
+        table = statistics(args.prepared)
+        print_statistics(table)
+        return draw_statistics(table, args.out)
+    counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers,
+                     args.metadata_only, args.labels)
+    print(f"{counts['taken']} images in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}/rejected.csv), "
+          f"{counts['missing']} in the tables but not there")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from data import InputError
-
-
-def write_json(path, value):
-    """Writes to a temporary name, then renames."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+from data import InputError, write_json
 
 
 def save_model(model, folder, dtype=torch.bfloat16):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import data
 import flow
 import hub
+import radiograph
 import radit
 import vae
 from data import InputError
@@ -77,9 +78,9 @@ def write_samples(out, images, records, seeds, weights):
     rows = []
     for i, (image, record, seed) in enumerate(zip(images, records, seeds)):
         text = {"Synthetic": "yes", "Software": "RadiT", "Weights": weights, "Seed": str(seed), "Metadata": json.dumps(record)}
-        data.save_image(image, out / f"{i:04}.png", text)
+        radiograph.save_image(image, out / f"{i:04}.png", text)
         rows.append([f"{i:04}.png", seed, *(record.get(field, "") for field in data.FIELDS)])
-    data.save_image(data.grid(images), out / "grid.png", {"Synthetic": "yes", "Software": "RadiT", "Weights": weights})
+    radiograph.save_image(radiograph.grid(images), out / "grid.png", {"Synthetic": "yes", "Software": "RadiT", "Weights": weights})
     data.write_csv(out / "metadata.csv", ["file", "seed", *data.FIELDS], rows)
 
 

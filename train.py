@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import flow
 import hub
+import radiograph
 import radit
 import sample
 import vae
@@ -243,7 +244,7 @@ class VAETask:
     def preview(self, ema, path):
         x = self.held_out.to(next(ema.parameters()).device)
         y = torch.cat([ema.decode(ema.encode(part)[0]) for part in x.split(16)]).clamp(-1, 1)
-        data.save_image(data.grid(torch.cat([x[:8], y[:8], (y - x)[:8]]), columns=8), path)
+        radiograph.save_image(radiograph.grid(torch.cat([x[:8], y[:8], (y - x)[:8]]), columns=8), path)
         return {"psnr": vae.psnr(x, y).mean().item(), "held_out_ssim": vae.ssim(x, y).mean().item()}
 
 
@@ -279,7 +280,7 @@ class RadiTTask:
         loss = self.flow(ema, held_out, generator(device, 0, 0), drop=False)[0].mean().item()
         seeds = list(range(16))
         records = [self.config.examples[seed % len(self.config.examples)] for seed in seeds]
-        data.save_image(data.grid(sample.generate(ema, self.decoder, records, seeds)[0]), path)
+        radiograph.save_image(radiograph.grid(sample.generate(ema, self.decoder, records, seeds)[0]), path)
         return {"held_out_loss": loss}
 
 

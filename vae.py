@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import data
 import hub
+import radiograph
 
 
 @dataclass
@@ -277,12 +278,12 @@ def encode(folders, vae_folder, out, versions=1, batch=16):
         for shard in out.glob("*.safetensors"):
             shard.unlink()
         out.mkdir(parents=True, exist_ok=True)
-        hub.write_json(table, about)
+        data.write_json(table, about)
 
     def picture(row):
         i, version = rows[row]
         x = images[i][None]                                          # 1 1 H W
-        return data.jitter(x, torch.Generator().manual_seed(row)) if version else x
+        return radiograph.jitter(x, torch.Generator().manual_seed(row)) if version else x
 
     for start in tqdm(range(0, len(rows), SHARD), unit="shard"):
         path, stop = out / f"{start // SHARD:05}.safetensors", min(start + SHARD, len(rows))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import radiograph
 import sample
 
 
@@ -63,7 +64,7 @@ def main():
         if name == "samples":
             closest = distance.argsort()[:8]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            data.save_image(data.grid(torch.cat([samples[closest], training_images[index[closest]]]), columns=8), args.out)
+            radiograph.save_image(radiograph.grid(torch.cat([samples[closest], training_images[index[closest]]]), columns=8), args.out)
 
 
 if __name__ == "__main__":

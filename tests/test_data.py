@@ -1,41 +1,13 @@
 import csv
 import math
 
-import numpy as np
-import pydicom
 import pytest
-import torch
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.pixels import apply_voi_lut
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pictures import RAMP, picture, write_dicom
 
 import data
-from data import InputError, Rejected
-
-RAMP = np.linspace(0, 255, 100 * 80).reshape(100, 80).round().astype(np.uint8)
-
-
-def write_dicom(path, array, **tags):
-    """A minimal DX file; tags set to None are left out."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, generate_uid()
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    ds = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    ds.Rows, ds.Columns = array.shape
-    ds.BitsAllocated = array.dtype.itemsize * 8
-    settings = {"Modality": "DX", "BodyPartExamined": "CHEST", "PhotometricInterpretation": "MONOCHROME2",
-                "SamplesPerPixel": 1, "BitsStored": ds.BitsAllocated, "PixelRepresentation": int(array.dtype.kind == "i"),
-                "PatientID": "secret name", "PatientSex": "F", "PatientAge": "057Y", "ViewPosition": "PA"} | tags
-    for tag, value in settings.items():
-        if value is not None:
-            setattr(ds, tag, value)
-    ds.HighBit = ds.BitsStored - 1
-    ds.PixelData = array.tobytes()
-    ds.save_as(path, enforce_file_format=True)
-    return path
-
+import sources
+from data import InputError
 
 # --- fields ---------------------------------------------------------------------------------------------
 
@@ -69,127 +41,9 @@ def test_other_values_are_refused_with_what_is_accepted(field, text, message):
         data.parse_value(field, text)
 
 
-# --- pictures -------------------------------------------------------------------------------------------
-
-def picture(tmp_path, array, mode=None, name="x.png", **options):
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(tmp_path / name, **options)
-    return tmp_path / name
-
-
-@pytest.mark.parametrize("mode", [None, "RGB", "RGBA", "LA", "P"])
-def test_every_grey_encoding_gives_the_same_picture(tmp_path, mode):
-    expected = data.read_radiograph(picture(tmp_path, RAMP, name="grey.png"), 128)
-    got = data.read_radiograph(picture(tmp_path, RAMP, mode), 128)
-    assert np.abs(got.astype(int) - expected).max() <= 1
-    assert expected.max() > 250
-
-
-def test_16_bits_keep_their_depth(tmp_path):
-    fine = np.linspace(0, 65535, 64 * 64).reshape(64, 64).round().astype(np.uint16)
-    out = data.read_radiograph(picture(tmp_path, fine), 64, bits=16)
-    assert out.dtype == np.uint16 and np.abs(out.astype(int) - fine).max() <= 1  # same size: nothing to resample
-    small = data.read_radiograph(picture(tmp_path, fine // 4), 64, bits=8)
-    assert 62 <= small.max() <= 64  # a dark image stays dark: no stretch to the image's own maximum
-
-
-def test_aspect_ratio_kept_centred_on_black_and_never_flipped(tmp_path):
-    array = np.full((64, 128), 200, np.uint8)
-    array[:, :16] = 40   # a dark band on the left
-    array[:8] = 120      # and a grey one on top
-    out = data.read_radiograph(picture(tmp_path, array), 64)
-    assert out.shape == (64, 64) and out[:16].max() == 0 and out[48:].max() == 0  # 64x32 in the middle
-    middle = out[16:48]
-    assert abs(int(middle[20, 2]) - 40) < 3 and abs(int(middle[20, 60]) - 200) < 3 and abs(int(middle[0, 40]) - 120) < 12
-
-
-def test_resize_is_antialiased(tmp_path):
-    stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))  # one pixel wide: the mean is all that remains
-    out = data.read_radiograph(picture(tmp_path, stripes), 64)
-    assert np.abs(out[8:-8, 8:-8].astype(int) - 127).max() <= 3
-
-
-@pytest.mark.parametrize("make, reason", [
-    (lambda p: (p / "x.png").write_bytes(b""), "empty file"),
-    (lambda p: (p / "x.png").write_bytes(b"some text"), "not an image"),
-    (lambda p: (p / "x.png").write_bytes(picture(p, RAMP, name="y.png").read_bytes()[:300]), "unreadable"),
-    (lambda p: picture(p, np.full((100, 100), 7, np.uint8)), "constant"),
-    (lambda p: picture(p, RAMP[:20]), "only 80x20 pixels"),
-    (lambda p: picture(p, np.dstack([RAMP, RAMP[::-1], RAMP])), "colour"),
-    (lambda p: picture(p, np.dstack([RAMP, RAMP, RAMP, RAMP])), "transparent"),
-    (lambda p: write_dicom(p / "x.png", RAMP, Modality="CT"), "modality CT"),
-    (lambda p: write_dicom(p / "x.png", RAMP, BodyPartExamined="HAND"), "body part HAND"),
-    (lambda p: write_dicom(p / "x.png", RAMP, NumberOfFrames=2), "more than one frame")])
-def test_what_is_not_a_radiograph_is_rejected_with_the_reason(tmp_path, make, reason):
-    make(tmp_path)
-    with pytest.raises(Rejected, match=reason):
-        data.read_radiograph(tmp_path / "x.png", 64)
-
-
-def test_saved_images_come_back(tmp_path):
-    image = torch.linspace(-1, 1, 256).view(1, 16, 16)
-    data.save_image(image, tmp_path / "a.png", {"Synthetic": "yes"})
-    assert torch.allclose(data.load_image(tmp_path / "a.png"), image, atol=1e-6)
-    assert Image.open(tmp_path / "a.png").mode == "L" and Image.open(tmp_path / "a.png").text == {"Synthetic": "yes"}
-
-
-def test_grid_by_hand():
-    images = torch.stack([torch.full((1, 1, 1), float(i)) for i in range(3)])
-    assert data.grid(images, columns=2).tolist() == [[[0, 1], [2, -1]]]
-
-
-def test_jitter_moves_a_little_and_never_flips():
-    """A bright spot on the left, above the middle: it stays within the promised distance, on its side."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
-    image = (2 * torch.exp(-((x + 0.6) ** 2 + (y + 0.3) ** 2) / 0.02) - 1).expand(200, 1, 128, 128)
-    moved = data.jitter(image, torch.Generator().manual_seed(0))
-    assert moved.min() >= -1 and moved.max() <= 1
-    weight = ((moved + 1) / 2) ** 4
-    place = torch.stack([(weight * axis).sum((1, 2, 3)) / weight.sum((1, 2, 3)) for axis in (x, y)], 1)
-    distance = (place - torch.tensor([-0.6, -0.3])).norm(dim=1)
-    # 12 % closer and 0.12 of room along each axis: at most 0.12 * (1 + 0.6), 0.12 * (1 + 0.3); the tilt adds 0.05 * 0.67
-    assert 0.03 < distance.mean() and distance.max() < (0.19 ** 2 + 0.16 ** 2) ** 0.5 + 0.05
-    assert place[:, 0].max() < -0.3
-    assert torch.equal(moved, data.jitter(image, torch.Generator().manual_seed(0)))
-
-
-# --- DICOM ----------------------------------------------------------------------------------------------
-
-STORED = np.linspace(0, 4095, 80 * 80).reshape(80, 80).round().astype(np.uint16)
-
-
-@pytest.mark.parametrize("tags", [
-    {"WindowCenter": 2000, "WindowWidth": 1000},
-    {"WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "LINEAR_EXACT"},
-    {"WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "SIGMOID"},
-    {"WindowCenter": [1000, 3000], "WindowWidth": [500, 900]},
-    {"WindowCenter": 500, "WindowWidth": 3000, "RescaleSlope": 2, "RescaleIntercept": -1000, "RescaleType": "US"}])
-def test_windows_equal_pydicoms(tmp_path, tags):
-    path = write_dicom(tmp_path / "a.dcm", STORED, BitsStored=12, **tags)
-    ds = pydicom.dcmread(path)
-    slope, intercept = tags.get("RescaleSlope", 1), tags.get("RescaleIntercept", 0)
-    shown = apply_voi_lut(ds.pixel_array.astype(int) * slope + intercept, ds)  # on the scale of the stored bits, after the modality LUT
-    low, high = intercept, 4095 * slope + intercept
-    assert np.abs(data.read_dicom(path) - (shown - low) / (high - low)).max() < 1e-3
-
-
-def test_stored_bits_set_the_scale_without_a_window(tmp_path):
-    path = write_dicom(tmp_path / "a.dcm", STORED // 2, BitsStored=12)
-    assert np.allclose(data.read_dicom(path), (STORED // 2) / 4095)
-    signed = write_dicom(tmp_path / "b.dcm", STORED.astype(np.int16) - 2048, BitsStored=12)
-    assert np.allclose(data.read_dicom(signed), STORED / 4095)
-
-
-def test_monochrome1_is_inverted_after_the_window(tmp_path):
-    tags = {"BitsStored": 12, "WindowCenter": 1000, "WindowWidth": 600}
-    normal = data.read_dicom(write_dicom(tmp_path / "a.dcm", STORED, **tags))
-    inverted = data.read_dicom(write_dicom(tmp_path / "b.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **tags))
-    assert np.allclose(inverted, 1 - normal) and normal[0, 0] == 0 and inverted[0, 0] == 1
-
-
-@pytest.mark.parametrize("text, years", [("057Y", 57), ("006M", 0.5), ("57", 57), ("", None), ("old", None), ("414Y", None)])
-def test_dicom_ages(text, years):
-    assert data.dicom_age(text) == years
+@pytest.mark.parametrize("text, years", [("057Y", 57), ("006M", 0.5), ("57", 57), ("", None), ("old", None), ("414Y", None), ("85 or more", 85), ("57.0", 57), ("002W", 14 / 365.25)])
+def test_ages(text, years):
+    assert sources.age_of(text) == years
 
 
 # --- sources --------------------------------------------------------------------------------------------
@@ -242,7 +96,7 @@ def test_folder_reads_dicom_tags_and_rejects_the_rest(tmp_path):
     write_dicom(root / "b.dcm", RAMP, Modality="CT")
     picture(root, RAMP, name="c.jpg", quality=95)
     (root / "notes.txt").write_text("not an image")
-    assert data.prepare("folder", root, tmp_path / "out", size=64) == (2, 2)
+    assert data.prepare("folder", root, tmp_path / "out", size=64) == {"taken": 2, "rejected": 2, "missing": 0}
     rows = read_rows(tmp_path / "out/index.csv")
     assert (rows[0]["Age"], rows[0]["Sex_name"], rows[0]["View_name"], rows[0]["Dataset_name"]) == ("57", "Female", "PA", "hospital")
     assert (rows[1]["Age"], rows[1]["Sex_name"], rows[1]["View_name"]) == ("", "Unknown", "Unknown")
@@ -259,7 +113,7 @@ def write_index(root, **changes):
 def test_folder_with_an_index_keeps_what_it_says(tmp_path):
     picture(tmp_path, RAMP, name="a.png")
     write_index(tmp_path, **{"Pneumonia": "2", "Sex_name": "F"})
-    assert data.prepare("folder", tmp_path, tmp_path / "out", size=64) == (1, 0)
+    assert data.prepare("folder", tmp_path, tmp_path / "out", size=64)["taken"] == 1
     record = data.read_index(tmp_path / "out")[0]
     assert {k: record[k] for k in ("age", "sex", "pneumonia", "dataset", "split")} == {
         "age": 40.0, "sex": "female", "pneumonia": "positive", "dataset": "own", "split": "train"}
@@ -293,7 +147,7 @@ def test_a_bad_row_is_refused_in_one_line_and_nothing_is_written(tmp_path, comma
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", ".", "out"), "this is not ChestX-ray14"),
+    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", ".", "out"), "no Data_Entry_2017*.csv* in it or below it"),
     (("folder", ".", "file/out"), "file")])
 def test_bad_arguments_of_prepare(tmp_path, command, arguments, message):
     (tmp_path / "file").write_text("a file where the output should go")
@@ -307,3 +161,116 @@ def test_splits_follow_the_patient_in_the_right_shares():
     shares = [splits.count(name) / len(splits) for name in data.SPLITS]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     assert math.isclose(sum(shares), 1)
+
+
+# --- preparing ------------------------------------------------------------------------------------------
+
+def tree(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def forty(tmp_path, monkeypatch):
+    """Forty files, every seventh of them broken, to be prepared in chunks of eight."""
+    root = tmp_path / "forty"
+    root.mkdir()
+    for i in range(40):
+        picture(root, RAMP[: 70 + i % 30], name=f"{i:02}.png")
+        if i % 7 == 0:
+            (root / f"{i:02}.png").write_bytes(b"broken")
+    monkeypatch.setattr(data, "CHUNK", 8)
+    return root
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes_for_any_number_of_workers(forty, tmp_path, monkeypatch):
+    out = tmp_path / "whole/out"
+    assert data.prepare("folder", forty, out, size=32) == {"taken": 34, "rejected": 6, "missing": 0}
+    for workers, stop in ((1, 2), (2, 3)):
+        other = tmp_path / f"cut{workers}/out"
+        other.parent.mkdir()
+        other.with_name("out.key").write_text(out.with_name("out.key").read_text())
+        written, write = [], data.write_json
+
+        def interrupted(path, value):
+            write(path, value)
+            written.append(value)
+            if len(written) == stop:
+                (other / "index.csv.part").open("a").write("half a ro")  # what a crash may leave behind
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(data, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare("folder", forty, other, size=32, workers=workers)
+        monkeypatch.setattr(data, "write_json", write)
+        assert not (other / "index.csv").exists()
+        assert sum(1 for _ in other.glob("images/*.png")) < 34
+        data.prepare("folder", forty, other, size=32, workers=workers)
+        assert tree(other) == tree(out)
+
+
+def test_every_file_is_in_one_table(forty, tmp_path):
+    data.prepare("folder", forty, tmp_path / "out", size=32)
+    rejected = [row["path"] for row in read_rows(tmp_path / "out/rejected.csv")]
+    assert rejected == [f"{i:02}.png" for i in range(0, 40, 7)]
+    assert len(read_rows(tmp_path / "out/index.csv")) + len(rejected) == 40
+
+
+def test_names_in_a_hospitals_paths_and_tags_are_hashed_with_a_key(tmp_path):
+    root = tmp_path / "root"
+    (root / "Doe^Jane").mkdir(parents=True)
+    write_dicom(root / "Doe^Jane/a.dcm", RAMP, PatientName="Doe^Jane", PatientBirthDate="19500101", AccessionNumber="A77")
+    write_dicom(root / "Doe^Jane/b.dcm", RAMP)
+    for out in ("one", "two"):
+        data.prepare("folder", root, tmp_path / out, size=64)
+    one, two = (data.read_index(tmp_path / out) for out in ("one", "two"))
+    assert one[0]["patient"] == one[1]["patient"] != two[0]["patient"]      # one patient; another key, another name
+    everything = b"".join(name.encode() + content for name, content in tree(tmp_path / "one").items())
+    for secret in (b"Doe", b"secret name", b"19500101", b"A77"):
+        assert secret not in everything
+    assert (tmp_path / "one.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"edema": "positive"}, {"edema": "positive", "no_finding": "negative"}),
+    ({"edema": "positive", "no_finding": "positive"}, {"edema": "positive", "no_finding": "negative"}),   # contradiction
+    ({"support_devices": "positive"}, {"support_devices": "positive"}),
+    ({"edema": "negative"}, {"edema": "negative"}), ({}, {}),
+    ({"no_finding": "positive", "support_devices": "positive"},
+     {f: "negative" for f in data.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"})])
+def test_the_label_policy(record, expected):
+    assert data.settle(record) == expected
+
+
+def test_the_master_csv_loads_unchanged(tmp_path):
+    row = ["PadChest", "images/PadChest/1.png", "P1", "63.0", "F", "U", "LATERAL", "valid", *(["0.0"] * 12), "2", "1"]
+    data.write_csv(tmp_path / "CXR7-1M.csv", data.COLUMNS, [row])
+    assert data.read_index(tmp_path / "CXR7-1M.csv") == [
+        {"dataset": "PadChest", "age": 63.0, "sex": "female", "view": "LATERAL", "path": "images/PadChest/1.png", "patient": "P1",
+         "split": "valid", "fracture": "positive", "support_devices": "negative"}]
+
+
+def test_labels_of_a_reports_only_source_come_from_a_csv(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root, RAMP, name="a.png")
+    data.write_csv(tmp_path / "labels.csv", ["name", *data.LABELS], [["a.png", *[""] * 5, "1.0", "-1", "0", *[""] * 6]])
+    data.prepare("folder", root, tmp_path / "out", size=64, labels=tmp_path / "labels.csv")
+    record = data.read_index(tmp_path / "out")[0]
+    assert {k: v for k, v in record.items() if k in data.FINDINGS} == {
+        "edema": "positive", "pneumonia": "negative", "no_finding": "negative"}
+    data.write_csv(tmp_path / "short.csv", ["name"], [["a.png"]])
+    with pytest.raises(InputError, match="no column Atelectasis"):
+        data.prepare("folder", root, tmp_path / "out2", labels=tmp_path / "short.csv")
+
+
+def test_stats_count_every_value(tmp_path, command):
+    rows = [{"path": "a.png", "patient": "p", "split": "train", "age": 39.5, "dataset": "own", "sex": "male", "edema": "positive"},
+            {"path": "b.png", "patient": "q", "split": "test", "age": 40.0, "dataset": "BRAX", "sex": "male"}]
+    data.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, rows))
+    table = data.statistics([tmp_path])
+    assert table["sex", "male"] == {"own": 1, "BRAX": 1} and table["age", "30-39"] == {"own": 1}
+    assert table["edema", "positive"] == {"own": 1} and table["edema", "unknown"] == {"BRAX": 1}
+    assert sum(counts.total() for counts in table.values()) == 2 * 19
+    status, output, _ = command("data.py", "stats", tmp_path, "--out", tmp_path / "stats.png")
+    assert status == 0 and [line.split() for line in output.splitlines() if line.startswith("sex")] == [["sex", "male", "2", "1", "1"]]
+    assert Image.open(tmp_path / "stats.png").size[0] > 1000

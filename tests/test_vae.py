@@ -6,6 +6,7 @@ import torch
 
 import data
 import hub
+import radiograph
 import vae
 from vae import RadVAE, VAEConfig
 
@@ -120,7 +121,7 @@ def prepared(tmp_path):
     (root / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(5):
-        data.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
+        radiograph.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
         rows.append(data.index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train", "dataset": "own"}))
     data.write_csv(root / "index.csv", data.COLUMNS, rows)
     return root
@@ -159,7 +160,7 @@ def test_versions_of_training_images_are_jittered(tmp_path, prepared):
     assert cached.rows["five/images/1.png"] == [3, 4, 5] and cached.rows["five/images/4.png"] == [12]  # 4 is held out
     stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
     assert torch.allclose(cached[3][0], stored.encode(images[1][None])[0][0], atol=5e-3)
-    moved = data.jitter(images[1][None], torch.Generator().manual_seed(5))
+    moved = radiograph.jitter(images[1][None], torch.Generator().manual_seed(5))
     assert torch.allclose(cached[5][0], stored.encode(moved)[0][0], atol=5e-3)
     assert (cached[3][0] - cached[5][0]).abs().mean() > 0.01
 
