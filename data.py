@@ -28,14 +28,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pydicom
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 import sources
-from radiograph import Rejected, is_dicom, load_image, read_radiograph
+from radiograph import Rejected, load_image, read_radiograph
 from sources import LABELS
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,16 +232,11 @@ def folder(root):
         return
     for path in sources.walk(root):
         relative = str(path.relative_to(root))
-        record = {"name": relative, "patient": relative, "dataset": root.resolve().name}
-        if path.stat().st_size and is_dicom(path):
-            ds = pydicom.dcmread(path, stop_before_pixels=True)
-            record |= sources.spelled({"patient": ds.get("PatientID") or None, "sex": sources.SEX.get(ds.get("PatientSex")),
-                                       "age": sources.age_of(ds.get("PatientAge")), "view": sources.VIEW.get(ds.get("ViewPosition"))})
-        yield path, record
+        yield path, {"name": relative, "patient": relative, "dataset": root.resolve().name} | sources.dicom_tags(path)
 
 
-SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sources.padchest, "rexgradient": sources.rexgradient,
-           "nih": sources.nih, "brax": sources.brax, "vindr": sources.vindr, "folder": folder}
+SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sources.padchest, "nih": sources.nih,
+           "rexgradient": sources.rexgradient, "brax": sources.brax, "vindr": sources.vindr, "folder": folder}
 CHUNK = 1024  # images between two marks from which an interrupted run continues
 
 
@@ -270,17 +264,22 @@ def read_labels(path):
 def records_of(source, root, out, labels=None):
     """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital."""
     hashed = None
-    for file, record in SOURCES[source](root):
-        record |= (labels or {}).get(record["name"], {})
-        if source == "folder":
-            hashed = hashed or keyed(out)
-            record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
-        # A source with an official test set and no validation set gives a tenth of the other patients to the latter.
-        share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
-        record["path"] = f"images/{record.pop('name')}.png"
-        if source != "folder" or labels:  # an index in the project's own columns is taken as it says
-            record = settle(record)
-        yield file, {"split": stable_split(record["patient"], **share)} | record
+    try:
+        for file, record in SOURCES[source](root):
+            record |= (labels or {}).get(record["name"], {})
+            if source == "folder":
+                hashed = hashed or keyed(out)
+                record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
+            # A source with an official test set and no validation set gives a tenth of the other patients to the latter.
+            share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
+            record["path"] = f"images/{record.pop('name')}.png"
+            if source != "folder" or labels:  # an index in the project's own columns is taken as it says
+                record = settle(record)
+            yield file, {"split": stable_split(record["patient"], **share)} | record
+    except InputError:
+        raise
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{root}: a table is not as {source} publishes it: {type(error).__name__} {error}") from error
 
 
 def prepare_one(job):
@@ -396,9 +395,9 @@ def statistics(folders):
 
 def print_statistics(table):
     datasets = sorted({name for counts in table.values() for name in counts})
-    print(f"{'field':28}{'value':16}{'all':>10}" + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in datasets))
+    print(f"{'field':28}{'value':16}{'all':>10}" + "".join(f"{name:>16}" for name in datasets))
     for (field, value), counts in table.items():
-        print(f"{field:28}{value:16}{counts.total():10,}" + "".join(f"{counts[name]:{max(10, len(name) + 2)},}" for name in datasets))
+        print(f"{field:28}{value:16}{counts.total():10,}" + "".join(f"{counts[name]:16,}" for name in datasets))
 
 
 def draw_statistics(table, path):
@@ -417,6 +416,7 @@ def draw_statistics(table, path):
     axes = figure.axes[-1]
     axes.axis("off")
     axes.legend(*figure.axes[0].get_legend_handles_labels(), loc="center")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(f"{path}.tmp", format="png", dpi=80)
     os.replace(f"{path}.tmp", path)
 

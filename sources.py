@@ -19,6 +19,8 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pydicom
+
 # ---------------------------------------------------------------------------------------------------------
 # Tables and files
 
@@ -92,6 +94,18 @@ def age_of(text):
         return years if years <= 120 else None
 
 
+def dicom_tags(path):
+    """Patient, sex, age and view out of a DICOM file's tags; nothing from a file that is not DICOM or is damaged, which
+    will be rejected when its pixels are read."""
+    try:
+        ds = pydicom.dcmread(path, stop_before_pixels=True,
+                             specific_tags=["PatientID", "PatientSex", "PatientAge", "ViewPosition"])
+    except Exception:  # pydicom raises many kinds on a damaged header
+        return {}
+    return spelled({"patient": str(ds.get("PatientID") or "") or None, "sex": SEX.get(str(ds.get("PatientSex"))),
+                    "age": age_of(str(ds.get("PatientAge") or "")), "view": VIEW.get(str(ds.get("ViewPosition")))})
+
+
 def chexpert_labels(row):
     """The 14 labels of a row in CheXpert's coding (1, 0, -1, blank; as text or number)."""
     value = {"1": "positive", "1.0": "positive", "0": "negative", "0.0": "negative"}
@@ -100,7 +114,8 @@ def chexpert_labels(row):
 
 def positives(terms, table):
     """The labels that a list of another vocabulary's terms asserts, all positive."""
-    return {field_of(label): "positive" for term in terms for label in table.get(term.strip().lower(), "").split("|") if label}
+    labels = "|".join(table.get(term.strip().lower(), "") for term in terms)
+    return {field_of(label): "positive" for label in labels.split("|") if label}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -261,8 +276,8 @@ def rexgradient(root):
             for path, view in zip(study["ImagePath"], study["ImageViewPosition"]):
                 path = path.removeprefix("../")
                 yield locate(folders, path), spelled({
-                    "name": path_name(path.removeprefix("deid_png/")), "patient": "REX" + study["PatientID"], "dataset": "ReXGradient",
-                    "split": split, "age": age_of(study["PatientAge"]), "sex": SEX.get(study["PatientSex"]),
+                    "name": path_name(path.removeprefix("deid_png/")), "patient": "REX" + study["PatientID"],
+                    "dataset": "ReXGradient", "split": split, "age": age_of(study["PatientAge"]), "sex": SEX.get(study["PatientSex"]),
                     "view": VIEW.get((view or "").upper())})
 
 
@@ -272,8 +287,8 @@ def brax(root):
     for row in read_table(find_table(root, "master_spreadsheet_update.csv*")):
         path = row["PngPath"].removeprefix("images/")
         yield locate(folders, path), spelled({
-            "name": Path(path).stem, "patient": "BRAX" + row["PatientID"], "dataset": "BRAX", "age": age_of(row["PatientAge"]),
-            "sex": SEX.get(row["PatientSex"]), "view": VIEW.get(row["ViewPosition"])} | chexpert_labels(row))
+            "name": Path(path).stem, "patient": "BRAX" + row["PatientID"], "dataset": "BRAX",
+            "age": age_of(row["PatientAge"]), "sex": SEX.get(row["PatientSex"]), "view": VIEW.get(row["ViewPosition"])} | chexpert_labels(row))
 
 
 def vindr(root):
@@ -289,6 +304,8 @@ def vindr(root):
         for image, count in readers.items():
             agreed = [term for term, voices in votes[image].items() if 2 * voices > count]
             asked = {field_of(label): "negative" for labels in VINDR_TERMS.values() for label in labels.split("|") if label}
-            yield locate(folders, image + ".dicom"), {
-                "name": image, "patient": "VIN" + image, "dataset": "VinDr-CXR", "view": "PA", "official": True,
-                **({"split": "test"} if split == "test" else {})} | asked | positives(agreed, VINDR_TERMS)
+            file = locate(folders, image + ".dicom")
+            known = {"name": image, "patient": "VIN" + image, "dataset": "VinDr-CXR", "view": "PA", "official": True}
+            if split == "test":
+                known["split"] = "test"
+            yield file, (dicom_tags(file) if file else {}) | known | asked | positives(agreed, VINDR_TERMS)

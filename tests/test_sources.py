@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import data
+import sources
 
 RAMP = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
 BLANK = dict.fromkeys(data.LABELS, "")
@@ -149,3 +150,24 @@ def test_a_source_is_harmonised_by_hand(tmp_path, make):
     # Without touching images, every row of the tables is in the index.
     counts = data.prepare(name, tmp_path / "root", tmp_path / "all", metadata_only=True)
     assert counts["taken"] == sum(not isinstance(e, str) for e in expected) and not list((tmp_path / "all/images").iterdir())
+
+
+def test_a_table_of_another_form_is_refused_in_one_line(tmp_path, command):
+    write(tmp_path / "root/master_spreadsheet_update.csv", "PngPath,PatientID\nimages/a.png,1\n")
+    status, _, errors = command("data.py", "prepare", "brax", tmp_path / "root", tmp_path / "out")
+    assert status == 2 and "a table is not as brax publishes it: KeyError 'PatientAge'" in errors and len(errors.splitlines()) == 1
+    status, _, errors = command("data.py", "prepare", "padchest", tmp_path / "root", tmp_path / "out")
+    assert status == 2 and "no PADCHEST_chest_x_ray_images_labels_160K*.csv*" in errors
+
+
+def test_damaged_tags_do_not_stop_a_run(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x10\x00\x20\x00LO\xff\xff rubbish")
+    image(tmp_path / "root/b.png")
+    assert data.prepare("folder", tmp_path / "root", tmp_path / "out", size=32) == {"taken": 1, "rejected": 1, "missing": 0}
+
+
+@pytest.mark.parametrize("table", [sources.NIH_TERMS, sources.VINDR_TERMS, sources.PADCHEST_TERMS])
+def test_every_term_leads_to_one_of_the_14_labels(table):
+    labels = {label for joined in table.values() for label in joined.split("|") if label}
+    assert labels <= set(data.LABELS) and all(term == term.strip().lower() for term in table)
