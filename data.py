@@ -315,7 +315,8 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     if mark.exists() and json.loads(mark.read_text())["settings"] == settings:
         state = json.loads(mark.read_text())
     counts = Counter({key: state[key] for key in ("taken", "rejected", "missing")})
-    parts = [out / "index.csv.part", out / "rejected.csv.part"]
+    beside = out.with_name(out.name + ".rejected.csv")
+    parts = [out / "index.csv.part", Path(f"{beside if source == 'folder' else out / 'rejected.csv'}.part")]
     for path, end in zip(parts, state["ends"]):
         path.touch()
         os.truncate(path, end)
@@ -345,6 +346,10 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
             write_json(mark, {"settings": settings, **counts, "ends": [index.tell(), rejects.tell()]})
     for path in parts:
         os.replace(path, path.with_suffix(""))
+    if source == "folder":
+        name = keyed(out)
+        rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in sources.read_table(beside))
+        write_csv(out / "rejected.csv", ["path", "reason"], rows)
     mark.unlink()
     return counts
 
@@ -443,7 +448,7 @@ def main():
         return draw_statistics(table, args.out)
     counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers,
                      args.metadata_only, args.labels)
-    print(f"{counts['taken']} images in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}/rejected.csv), "
+    print(f"{counts['taken']} images in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{'.' if args.source == 'folder' else '/'}rejected.csv), "
           f"{counts['missing']} in the tables but not there")
 
 

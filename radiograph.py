@@ -96,7 +96,8 @@ def read_radiograph(path, size, bits=8):
     except UnidentifiedImageError:
         raise Rejected("not an image") from None
     except Exception as error:  # decoders raise whatever they like on a damaged file; all of it is the file's fault
-        raise Rejected(f"unreadable: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        text = " ".join(str(error).replace(str(path), "file").split())  # paths of a hospital can hold names
+        raise Rejected(f"unreadable: {type(error).__name__} {text[:200]}") from error
     if min(pixels.shape) < 64:
         raise Rejected(f"only {pixels.shape[1]}x{pixels.shape[0]} pixels")
     if pixels.max() - pixels.min() < 2 / 255:

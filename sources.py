@@ -193,27 +193,29 @@ def nih(root):
 
 def mimic(root):
     """MIMIC-CXR-JPG; age, sex and race from MIMIC-IV's patients.csv and admissions.csv where they are below root."""
-    def joined(pattern, key):
-        tables = sorted(root.rglob(pattern))
-        return {row[key]: row for row in read_table(tables[-1])} if tables else {}
+    def rows(pattern):
+        found = sorted(root.rglob(pattern))
+        return read_table(found[-1]) if found else ()
 
     table, folders = find_table(root, "mimic-cxr-2.0.0-metadata.csv*"), find_folders(root, "p1[0-9]")
-    labels = {row["study_id"]: chexpert_labels(row) for row in
+    labels = {row["study_id"]: spelled(chexpert_labels(row)) for row in
               read_table(find_table(root, "mimic-cxr-2.0.0-chexbert.csv*", "mimic-cxr-2.0.0-chexpert.csv*"))}
     splits = {row["dicom_id"]: row["split"] for row in read_table(find_table(root, "mimic-cxr-2.0.0-split.csv*"))}
-    patients, races = joined("patients.csv*", "subject_id"), defaultdict(Counter)
-    for row in joined("admissions.csv*", "hadm_id").values():
-        races[row["subject_id"]][race_of(row["race"])] += 1
+    # Years are shifted alike for one patient, so differences of years are true.
+    patients = {row["subject_id"]: (SEX.get(row["gender"]), int(row["anchor_age"]) - int(row["anchor_year"]))
+                for row in rows("patients.csv*")}
+    races = defaultdict(Counter)                                     # a patient's admissions do not always agree
+    for row in rows("admissions.csv*"):
+        if race := race_of(row["race"]):
+            races[row["subject_id"]][race] += 1
     for row in read_table(table):
         subject, study, dicom = row["subject_id"], row["study_id"], row["dicom_id"]
-        patient, age = patients.get(subject, {}), None
-        if patient:  # years are shifted alike for one patient, so differences of years are true
-            age = age_of(str(int(patient["anchor_age"]) + int(row["StudyDate"][:4]) - int(patient["anchor_year"])))
-        stated = {race: count for race, count in races[subject].items() if race} if subject in races else {}
+        sex, offset = patients.get(subject, (None, None))
         yield locate(folders, f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"), spelled({
-            "name": dicom, "patient": "MIMIC" + subject, "dataset": "MIMIC-CXR", "age": age,
-            "split": {"train": "train", "validate": "valid", "test": "test"}[splits[dicom]],
-            "sex": SEX.get(patient.get("gender")), "race": max(stated, key=stated.get, default=None),
+            "name": dicom, "patient": "MIMIC" + subject, "dataset": "MIMIC-CXR",
+            "split": {"train": "train", "validate": "valid", "test": "test"}[splits[dicom]], "sex": sex,
+            "age": age_of(str(offset + int(row["StudyDate"][:4]))) if subject in patients else None,
+            "race": max(races[subject], key=races[subject].get) if subject in races else None,
             "view": VIEW.get(row["ViewPosition"])} | labels.get(study, {}))
 
 
@@ -225,7 +227,7 @@ def chexpert(root):
         yield from chexpert_2019(root, folders)
         return
     with open(find_table(root, "report_fixed.json"), encoding="utf-8") as file:
-        labels = {row["path_to_image"]: chexpert_labels(row) for row in map(json.loads, file)}
+        labels = {row["path_to_image"]: spelled(chexpert_labels(row)) for row in map(json.loads, file)}
     for row in read_table(find_table(root, "df_chexpert_plus_*.csv*")):
         path = row["path_to_image"]
         file = locate(folders, str(Path(path).with_suffix(".png"))) or locate(folders, path)  # the table says .jpg

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from pictures import RAMP, picture, write_dicom
-from pydicom.pixels import apply_voi_lut
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 import radiograph
 from radiograph import Rejected
@@ -121,6 +121,44 @@ def test_monochrome1_is_inverted_after_the_window(tmp_path):
     assert np.allclose(inverted, 1 - normal) and normal[0, 0] == 0 and inverted[0, 0] == 1
 
 
+def lut_item(first, values, bits):
+    """A LUT sequence's item: stored value first + i shows as values[i] of `bits` bits."""
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "US", [len(values), first, bits])
+    item.add_new("LUTData", "US", list(values))
+    return item
+
+
+def test_luts_by_hand(tmp_path):
+    """Stored values 0 to 3; the modality LUT turns them round, the VOI LUT spreads them over ten bits."""
+    stored = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) % 4
+    modality, voi = lut_item(0, [3, 2, 1, 0], 16), lut_item(0, [0, 100, 500, 1023], 10)
+    modality.ModalityLUTType = "US"
+    tags = {"ModalityLUTSequence": [modality], "VOILUTSequence": [voi]}
+    shown = radiograph.read_dicom(write_dicom(tmp_path / "a.dcm", stored, BitsStored=12, **tags))
+    assert np.allclose(shown, np.array([1023, 500, 100, 0])[stored] / 1023)
+    tags |= {"WindowCenter": 1, "WindowWidth": 2}                     # where both are there, the LUT is meant
+    assert np.allclose(radiograph.read_dicom(write_dicom(tmp_path / "b.dcm", stored, BitsStored=12, **tags)), shown)
+
+
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
+                                  "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "CT_small.dcm", "JPEGLSNearLossless_16.dcm",
+                                  "image_dfl.dcm", "JPEG2000.dcm"])
+def test_bundled_files_equal_pydicoms_pipeline(tmp_path, name):
+    """pydicom's own files, called a chest, against its modality and VOI functions on the scale of the stored bits."""
+    ds = pydicom.dcmread(pydicom.data.get_testdata_file(name))
+    ds.Modality, ds.BodyPartExamined = "DX", "CHEST"
+    ds.save_as(tmp_path / name)
+    modality = apply_modality_lut(ds.pixel_array, ds)
+    least = -(2 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0
+    slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
+    low, high = least * slope + intercept, (least + 2 ** ds.BitsStored - 1) * slope + intercept
+    expected = ((apply_voi_lut(modality, ds) - low) / (high - low)).clip(0, 1)
+    if ds.PhotometricInterpretation == "MONOCHROME1":
+        expected = 1 - expected
+    assert np.abs(radiograph.read_dicom(tmp_path / name) - expected).max() < 1e-3
+
+
 # --- compressed DICOM -----------------------------------------------------------------------------------
 
 LOSSLESS = {"JPEG lossless": "JPEGLosslessProcess14", "JPEG lossless, first order": "JPEGLosslessProcess14_1",
@@ -157,6 +195,14 @@ def test_transfer_syntaxes_give_the_pixels_that_went_in(tmp_path, syntax, photom
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID != pydicom.dcmread(plain).file_meta.TransferSyntaxUID
     expected = STORED / 4095
     assert np.allclose(radiograph.read_dicom(path), 1 - expected if photometric == "MONOCHROME1" else expected)
+
+
+def test_what_no_decoder_can_do_is_refused_by_name(tmp_path):
+    ds = pydicom.dcmread(pydicom.data.get_testdata_file("JPGExtended.dcm"))
+    ds.Modality, ds.BodyPartExamined = "DX", "CHEST"
+    ds.save_as(tmp_path / "a.dcm")
+    with pytest.raises(Rejected, match="unreadable: .*JPEG Extended.*12-bit"):
+        radiograph.read_radiograph(tmp_path / "a.dcm", 64)
 
 
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
