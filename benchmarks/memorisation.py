@@ -4,8 +4,8 @@
 
 Distance: root mean square difference of the pixels, in [-1, 1], after averaging to 32x32, so that place and shape
 count and fine texture does not. Real held-out images (split test) are measured as they are and as the VAE returns
-them, since samples come out of the same decoder; training images as the VAE returns them show what copies would
-score. A model that copies has samples near the last column, one that does not has them near the held-out ones.
+them, since samples come out of the same decoder; training images as the VAE returns them, still and jittered as in training,
+show what copies would score. A model that copies has samples near the last rows, one that does not near the held-out.
 Writes the closest pairs, sample above training image, to --out.
 """
 import argparse
@@ -55,6 +55,8 @@ def main():
     if decoder:
         columns["held-out, through the VAE"] = decoder.decode(decoder.encode(held_out)[0]).clamp(-1, 1)
         columns["training, through the VAE"] = decoder.decode(decoder.encode(copies)[0]).clamp(-1, 1)
+        moved = radiograph.jitter(copies, torch.Generator().manual_seed(args.seed))
+        columns["the same, jittered"] = decoder.decode(decoder.encode(moved)[0]).clamp(-1, 1)
     print(f"{args.weights}: {args.n} images each, seed {args.seed}, {len(train)} training images, RMS at 32x32 to the nearest")
     print(f"{'':28}{'least':>8}{'5 %':>8}{'median':>8}{'95 %':>8}")
     for name, images in columns.items():
