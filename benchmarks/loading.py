@@ -9,14 +9,15 @@ gives a 512x512 float image, antialiased where it can be. The aspect ratio is ke
 crops the centre. Then ours with one and more worker processes. Peak memory is that of the process above its start.
 """
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import resource
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -56,11 +57,8 @@ def build(name, kind):
         reader = PydicomReader() if "DICOM" in kind else PILReader()
         return Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True),
                         Resize(512, size_mode="longest", mode="bilinear", anti_aliasing=True), ResizeWithPadOrCrop((512, 512))])
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:  # it has no build for this torch; the readers below never call it
-        sys.modules["torchvision"] = types.ModuleType("torchvision")
-        sys.modules["torchvision"].transforms = types.ModuleType("transforms")
+    if not importlib.util.find_spec("torchvision"):  # it has no build for every torch, and the readers never call it
+        sys.modules["torchvision"] = sys.modules["torchvision.models"] = MagicMock()
     import skimage.io
     import torchxrayvision as xrv
     crop, resize = xrv.datasets.XRayCenterCrop(), xrv.datasets.XRayResizer(512)

@@ -4,8 +4,9 @@
 
 Distance: root mean square difference of the pixels, in [-1, 1], after averaging to 32x32, so that place and shape
 count and fine texture does not. Real held-out images (split test) are measured as they are and as the VAE returns
-them, since samples come out of the same decoder; training images as the VAE returns them, still and jittered as in training,
-show what copies would score. A model that copies has samples near the last rows, one that does not near the held-out.
+them, since samples come out of the same decoder; training images as the VAE returns them, still and moved, show what copies
+would score. With --versions, the images searched are those that `vae.py encode --versions` made, moved copies included.
+A model that copies has samples near the last rows, one that does not near the held-out ones.
 Writes the closest pairs, sample above training image, to --out.
 """
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -37,14 +39,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="the prepared sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
+    parser.add_argument("--versions", type=int, default=1, help="as given to vae.py encode")
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/nearest.png"))
     args = parser.parse_args()
     model, decoder = sample.load_weights(args.weights)
-    train, test = (data.Radiographs(args.data, split) for split in ("train", "test"))
+    train, test, everything = (data.Radiographs(args.data, split) for split in ("train", "test", None))
     training_images = torch.stack(list(train))
-    training = descriptor(training_images)
+    seen, row = [], 0                                                # every picture the model was trained on
+    for record, image in zip(tqdm(everything.records), everything):
+        versions = args.versions if record["split"] == "train" else 1
+        if record["split"] == "train":
+            moved = [radiograph.jitter(image[None], torch.Generator().manual_seed(row + i)) for i in range(1, versions)]
+            seen.append(descriptor(torch.cat([image[None], *moved])))
+        row += versions
+    training = torch.cat(seen)                                       # N * versions 1024
 
     examples = model.config.examples
     seeds = list(range(args.seed, args.seed + args.n))
@@ -55,9 +65,10 @@ def main():
     if decoder:
         columns["held-out, through the VAE"] = decoder.decode(decoder.encode(held_out)[0]).clamp(-1, 1)
         columns["training, through the VAE"] = decoder.decode(decoder.encode(copies)[0]).clamp(-1, 1)
-        moved = radiograph.jitter(copies, torch.Generator().manual_seed(args.seed))
-        columns["the same, jittered"] = decoder.decode(decoder.encode(moved)[0]).clamp(-1, 1)
-    print(f"{args.weights}: {args.n} images each, seed {args.seed}, {len(train)} training images, RMS at 32x32 to the nearest")
+        moved = radiograph.jitter(copies, torch.Generator().manual_seed(2 ** 32 + args.seed))
+        columns["the same, moved anew"] = decoder.decode(decoder.encode(moved)[0]).clamp(-1, 1)
+    print(f"{args.weights}: {args.n} images each, seed {args.seed}, {len(train)} training images in {args.versions} versions, "
+          f"RMS at 32x32 to the nearest")
     print(f"{'':28}{'least':>8}{'5 %':>8}{'median':>8}{'95 %':>8}")
     for name, images in columns.items():
         distance, index = nearest(images, training)
@@ -66,7 +77,7 @@ def main():
         if name == "samples":
             closest = distance.argsort()[:8]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            radiograph.save_image(radiograph.grid(torch.cat([samples[closest], training_images[index[closest]]]), columns=8), args.out)
+            radiograph.save_image(radiograph.grid(torch.cat([samples[closest], training_images[index[closest] // args.versions]]), columns=8), args.out)
 
 
 if __name__ == "__main__":
