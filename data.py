@@ -270,6 +270,8 @@ def records_of(source, root, out, labels=None):
             if source == "folder":
                 hashed = hashed or keyed(out)
                 record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
+            if Path(record["name"]).name != record["name"]:
+                raise InputError(f"{root}: the image name {record['name']!r} is not a plain file name")
             # A source with an official test set and no validation set gives a tenth of the other patients to the latter.
             share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
             record["path"] = f"images/{record.pop('name')}.png"

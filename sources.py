@@ -53,6 +53,8 @@ def walk(root):
 
 def locate(folders, relative):
     """The first folder's file of that relative path, or None. The folder of the last hit is tried first."""
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise ValueError(f"the path {relative!r} leaves its root")
     for i, folder in enumerate(folders):
         if (folder / relative).is_file():
             folders.insert(0, folders.pop(i))

@@ -161,6 +161,21 @@ def test_a_table_of_another_form_is_refused_in_one_line(tmp_path, command):
     assert status == 2 and "no PADCHEST_chest_x_ray_images_labels_160K*.csv*" in errors
 
 
+@pytest.mark.parametrize("path", ["../../etc/passwd.png", "/etc/passwd.png"])
+def test_no_path_of_a_table_leaves_its_root(tmp_path, path):
+    brax(tmp_path / "root")
+    table = tmp_path / "root/master_spreadsheet_update.csv"
+    table.write_text(table.read_text().replace("images/id_1/Study_1/Series_1/image-1.png", path))
+    with pytest.raises(data.InputError, match="leaves its root"):
+        data.prepare("brax", tmp_path / "root", tmp_path / "out", size=32)
+    mimic(tmp_path / "other")
+    for table in (tmp_path / "other").rglob("mimic-cxr-2.0.0-*.csv"):
+        table.write_text(table.read_text().replace("aa", path.removesuffix(".png")))
+    with pytest.raises(data.InputError, match="leaves its root|not a plain file name"):
+        data.prepare("mimic", tmp_path / "other", tmp_path / "out", size=32)
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_tags_do_not_stop_a_run(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x10\x00\x20\x00LO\xff\xff rubbish")
