@@ -63,10 +63,16 @@ def run(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def positive(text):
@@ -429,7 +435,7 @@ def draw_statistics(table, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare radiographs and their metadata.")
+    parser = Parser(description="Prepare radiographs and their metadata.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("prepare", help="turn a source into index.csv, images/ and rejected.csv")
     p.add_argument("source", choices=SOURCES)

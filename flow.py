@@ -35,7 +35,8 @@ def to_velocity(output, x, t, prediction):
     """The velocity (N C H W) that a network's output stands for, at x (N C H W) and t (N,)."""
     if prediction == "velocity":
         return output
-    # Near t = 1 the division would amplify the network's error without bound: from t = 0.95 on it stays at 1 / 0.05.
+    # Near t = 1 the division would amplify the network's error without bound: from t = 0.95 on it stays at 1 / 0.05, in
+    # the loss's target too (Li and He 2025). The last steps then stop a little short of the predicted data.
     return (output - x) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
 
 
@@ -68,7 +69,7 @@ def integrate(velocity, x, times, solver="heun", report=None):
     """Follows dx/dt = velocity(x, t) through `times`: noise to data for rising times, inversion for falling ones.
 
     Returns x at times[-1] and the number of velocity evaluations: one a step for "euler" (first order), two for
-    "heun" (second order). `report()` is called after every evaluation.
+    "heun" (second order); a guided evaluation runs the network on both branches. `report()` is called after every evaluation.
     """
     evaluations = 0
 

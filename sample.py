@@ -3,12 +3,12 @@
     python sample.py                                              16 pictures from the embedded weights
     python sample.py --view PA --sex female --age 60 --set pneumonia=positive --n 4 --out out/women
 
-Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch. Fields
+Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
 that are not given are unknown to the model; with none given at all, each image asks for the metadata of an example
 that config.json holds. A value that the training data never covered is refused. Every file says that it is synthetic.
 """
-import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -85,7 +85,10 @@ def write_samples(out, images, records, seeds, weights):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw synthetic chest radiographs.")
+    values = "; ".join(f"{field}: {', '.join(data.VALUES[field])}" for field in data.CODED[:4])
+    parser = data.Parser(description="Draw synthetic chest radiographs.",
+                         epilog=f"Fields and their values. age: years; {values}; negative or positive: "
+                                f"{', '.join(data.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
     parser.add_argument("--weights", type=Path, default=DEMO, help="a folder that holds radit/ and vae/")
     parser.add_argument("--n", type=data.positive, default=16, help="how many images")
     parser.add_argument("--steps", type=data.positive, default=25)
@@ -109,6 +112,8 @@ def main():
     asked = {field: data.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
     asked = {field: value for field, value in asked.items() if value is not None}
     check_covered(asked, cfg.covered)
+    if not math.isfinite(args.guidance):
+        raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
     seeds = list(range(args.seed, args.seed + args.n))
     records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -357,7 +357,7 @@ def numbers(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train Rad-VAE or RadiT; the same command again resumes.")
+    parser = data.Parser(description="Train Rad-VAE or RadiT; the same command again resumes.")
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = {"vae": TrainConfig(), "radit": TrainConfig(batch=64, ema=100_000, warmup=20_000)}
     for name, default in defaults.items():
@@ -366,7 +366,7 @@ def main():
         p.add_argument("--out", type=Path, required=True, help="the run's folder")
         for field, value in asdict(default).items():
             kind = data.positive if field in ("images", "batch", "log_every", "save_every") else type(value)
-            p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value)
+            p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value, help="see TrainConfig in this file")
     p = commands.choices["vae"]
     p.add_argument("--widths", type=numbers, default=(128, 256, 512, 512), help="channels of each level, finest first")
     p.add_argument("--layers", type=data.positive, default=2, help="residual blocks a level")

@@ -15,7 +15,6 @@ sample with mean + exp(log-variance / 2) * noise, decode() takes the same space.
     python vae.py encode PREPARED... --vae DIR --out LATENTS
     python vae.py evaluate PREPARED... --vae DIR
 """
-import argparse
 import json
 import os
 from dataclasses import dataclass
@@ -330,7 +329,7 @@ class Latents:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Cache the latents of prepared sources, or measure reconstruction.")
+    parser = data.Parser(description="Cache the latents of prepared sources, or measure reconstruction.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
                        ("evaluate", "print the PSNR and SSIM of reconstructed images")):
@@ -346,7 +345,7 @@ def main():
         return encode(args.data, args.vae, args.out, args.versions)
     decibel, similarity = evaluate(args.data, args.vae, args.split)
     print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
-          f"{decibel.std():.2f}), SSIM {similarity.mean():.4f} ({similarity.std():.4f})")
+          f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ memory is its own; the processes take turns over several rounds and the best rou
 does not favour one of them. Compilation is warmed up before the clock starts. A ratio above 1: RadiT is faster.
 """
 import argparse
+import importlib.util
 import multiprocessing
 import resource
 import sys
@@ -88,6 +89,8 @@ def main():
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if not importlib.util.find_spec("diffusers"):
+        parser.error("diffusers, which this compares with, is not installed")
     device, bf16 = pick_device()
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {hardware}, {'bfloat16 autocast' if bf16 else 'float32'}, size {args.size}, "
