@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -58,7 +57,8 @@ def build(name, kind):
         return Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True),
                         Resize(512, size_mode="longest", mode="bilinear", anti_aliasing=True), ResizeWithPadOrCrop((512, 512))])
     if not importlib.util.find_spec("torchvision"):  # it has no build for every torch, and the readers never call it
-        sys.modules["torchvision"] = sys.modules["torchvision.models"] = MagicMock()
+        for module in ("torchvision", "torchvision.models", "torchvision.transforms"):
+            sys.modules[module] = MagicMock()
     import skimage.io
     import torchxrayvision as xrv
     crop, resize = xrv.datasets.XRayCenterCrop(), xrv.datasets.XRayResizer(512)
@@ -68,20 +68,25 @@ def build(name, kind):
     return lambda path: resize(crop(xrv.utils.normalize(skimage.io.imread(path), white, reshape=True)))
 
 
+def peak():
+    """The greatest resident memory of this process so far, in MiB (getrusage would count the parent's too)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
 def measure(name, kind, paths, queue):
     torch.set_num_threads(1)
     try:
         read = build(name, kind)
+        before = peak()
         read(paths[0])
     except ImportError as error:
         queue.put(str(error))
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     for path in paths:
         read(path)
     rate = len(paths) / (time.perf_counter() - start)
-    queue.put((rate, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    queue.put((rate, peak() - before))
 
 
 def main():
