@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import sources
 from radiograph import Rejected, load_image, read_radiograph
-from sources import LABELS
+from sources import LABELS, MAX_AGE
 
 # ---------------------------------------------------------------------------------------------------------
 # The 19 fields
@@ -48,7 +48,6 @@ VALUES = {"dataset": DATASETS, "sex": ("female", "male"), "race": ("asian", "bla
           "view": ("AP", "PA", "LATERAL"), **{field: ("negative", "positive") for field in FINDINGS}}
 FIELDS = ("dataset", "age", "sex", "race", "view", *FINDINGS)  # all 19, in the order of the model's embeddings
 CODED = tuple(field for field in FIELDS if field != "age")      # the columns of `codes`
-MAX_AGE = 120  # years; ChestX-ray14's first release holds ages up to 414, which are typing errors
 
 COLUMNS = ("Dataset_name", "ImagePath", "PatientID", "Age", "Sex_name", "Race_name", "View_name", "Split", *LABELS)
 SPLITS = ("train", "valid", "test")
@@ -132,7 +131,7 @@ def coverage(records):
 
 
 def settle(record):
-    """The one policy for labels that do not agree or are not said, applied to every source's records.
+    """The one policy for labels that do not agree or are not said, applied to the records of every source's own tables.
 
     1. Uncertain and blank are unknown: the sources leave them out.
     2. A positive finding overrules No Finding, which becomes negative. Devices are no finding.

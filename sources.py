@@ -71,6 +71,7 @@ VIEW = {"AP": "AP", "ANTERO_POSTERIOR": "AP", "AP AXIAL": "AP", "AP LLD": "AP", 
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
           "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
           "Fracture", "Support Devices")  # CheXpert's order
+MAX_AGE = 120  # years; ChestX-ray14's first release holds ages up to 414, which are typing errors
 
 
 def field_of(label):
@@ -93,7 +94,7 @@ def age_of(text):
     """Years out of "57", "057Y" or "85 or more"; months, weeks and days as fractions; None if blank or above 120."""
     if match := re.match(r"(\d{1,3})(?:\.0)?([YMWD]?)\b", (text or "").strip()):
         years = int(match[1]) * {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
-        return years if years <= 120 else None
+        return years if years <= MAX_AGE else None
 
 
 def dicom_tags(path):
