@@ -1,148 +1,41 @@
-"""Radiographs and what is known of them: 19 metadata fields and one index, from seven sources or any folder.
+"""One index of radiographs and their 19 metadata fields, from seven sources or any folder.
 
-The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into 19 fields:
-dataset, age, sex, race, view and the 14 CheXpert labels. This file does the same for a download of any of them.
+The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into one index of 1.2M rows. This file
+does the same for a download of any of them.
 
     source (sources.py) --prepare--> PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
                                      PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
                                      PREPARED/rejected.csv  path and reason of every image that was not taken
 
-Conventions. Metadata in memory: a dict of field -> value in which an unknown field is absent. In tensors:
-`age` (N,) float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown.
-
     python data.py prepare nih ROOT OUT --size 256
     python data.py prepare folder ROOT OUT          (DICOM, PNG or JPEG; an index.csv in ROOT is used if there)
     python data.py stats PREPARED... --out stats.png
 """
-import argparse
 import csv
 import hashlib
 import hmac
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import secrets
-import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 import sources
+from cli import InputError, Parser, positive, run, write_csv, write_json
+from fields import FIELDS, FINDINGS, LABELS, VALUES, parse_value, settle, spelled
 from radiograph import Rejected, load_image, read_radiograph
-from sources import LABELS, MAX_AGE
-
-# ---------------------------------------------------------------------------------------------------------
-# The 19 fields
-
-DATASETS = ("MIMIC-CXR", "ReXGradient", "CheXpert-Plus", "PadChest", "ChestX-ray14", "BRAX", "VinDr-CXR")
-FINDINGS = {sources.field_of(label): label for label in LABELS}  # field name -> column name
-
-# Every field but age, with its values; code k in a tensor is values[k - 1], and 0 is unknown.
-VALUES = {"dataset": DATASETS, "sex": ("female", "male"), "race": ("asian", "black", "white"),
-          "view": ("AP", "PA", "LATERAL"), **{field: ("negative", "positive") for field in FINDINGS}}
-FIELDS = ("dataset", "age", "sex", "race", "view", *FINDINGS)  # all 19, in the order of the model's embeddings
-CODED = tuple(field for field in FIELDS if field != "age")      # the columns of `codes`
 
 COLUMNS = ("Dataset_name", "ImagePath", "PatientID", "Age", "Sex_name", "Race_name", "View_name", "Split", *LABELS)
 SPLITS = ("train", "valid", "test")
-
-
-class InputError(ValueError):
-    """Something the user can mend: one line that names what is wrong and what is accepted."""
-
-
-def run(main):
-    """Calls main(); what a user can cause becomes one line on stderr and exit status 2, without a traceback."""
-    try:
-        main()
-    except (InputError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text):
-    """An argparse type."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return number
-
-
-def parse_value(field, text, datasets=DATASETS):
-    """The value of `field` as memory holds it, from what a person or a table wrote; None if it says unknown.
-
-    Age: a float in years, 0 to 120. Other fields: one of VALUES[field] whatever the case ("F", "female").
-    Raises InputError, naming what is accepted.
-    """
-    if field not in FIELDS:
-        raise InputError(f"unknown field {field!r}; the fields are {', '.join(FIELDS)}")
-    text = str(text).strip()
-    if text.lower() in ("", "u", "unknown", "nan", "none"):
-        return None
-    if field == "age":
-        try:
-            age = float(text)
-        except ValueError:
-            age = math.nan
-        if not 0 <= age <= MAX_AGE:
-            raise InputError(f"age {text!r} is not a number of years from 0 to {MAX_AGE}")
-        return age
-    values = datasets if field == "dataset" else VALUES[field]
-    for value in values:
-        if text.lower() == value.lower() or (field == "sex" and text.lower() == value[0]):
-            return value
-    raise InputError(f"unknown value {text!r} for {field}; accepted: {', '.join(values)} or unknown")
-
-
-def encode_metadata(records, datasets=DATASETS):
-    """Dicts of field -> value to tensors: age (N,) float32 with NaN unknown, codes (N, 18) int64 with 0 unknown."""
-    age = torch.tensor([record.get("age", math.nan) for record in records], dtype=torch.float32)
-    codes = torch.zeros(len(records), len(CODED), dtype=torch.long)
-    for row, record in enumerate(records):
-        for column, field in enumerate(CODED):
-            if field in record:
-                codes[row, column] = 1 + (datasets if field == "dataset" else VALUES[field]).index(record[field])
-    return age, codes
-
-
-def coverage(records):
-    """Which values the training data holds: {field: {value: count}}, and the least and greatest age."""
-    covered = {}
-    for field in CODED:
-        values = [record[field] for record in records if field in record]
-        if values:
-            covered[field] = {value: values.count(value) for value in sorted(set(values))}
-    ages = [record["age"] for record in records if "age" in record]
-    return covered | ({"age": [min(ages), max(ages)]} if ages else {})
-
-
-def settle(record):
-    """The one policy for labels that do not agree or are not said, applied to the records of every source's own tables.
-
-    1. Uncertain and blank are unknown: the sources leave them out.
-    2. A positive finding overrules No Finding, which becomes negative. Devices are no finding.
-    3. A positive No Finding makes every finding that is still unknown negative; support devices stay as they are.
-    """
-    findings = [field for field in FINDINGS if field not in ("no_finding", "support_devices")]
-    if any(record.get(field) == "positive" for field in findings):
-        return record | {"no_finding": "negative"}
-    if record.get("no_finding") == "positive":
-        return {field: "negative" for field in findings} | record
-    return record
 
 
 def stable_split(patient, valid=0.1, test=0.1):
@@ -191,7 +84,7 @@ def index_record(row, root):
         if code not in codes:
             raise InputError(f"unknown code {row[label]!r} for {label}; accepted: 0 unknown, 1 negative, 2 positive")
         record[field] = codes[code]
-    return sources.spelled(record)
+    return spelled(record)
 
 
 def read_index(root):
@@ -208,21 +101,6 @@ def index_row(record):
     return [record.get("dataset", ""), record["path"], record["patient"], age,
             *(record.get(field, "Unknown").capitalize() for field in ("sex", "race")),
             record.get("view", "Unknown"), record["split"], *(label[record.get(field)] for field in FINDINGS)]
-
-
-def write_json(path, value):
-    """Writes to a temporary name, then renames."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def write_csv(path, header, rows):
-    """Writes to a temporary name, then renames: a reader finds the whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,17 +136,29 @@ def keyed(out):
 
 
 def read_labels(path):
-    """Prepared image name -> labels, from a CSV with the column "name" and the 14 labels in CheXpert's coding."""
+    """Image name -> labels, from a CSV with the 14 labels in CheXpert's coding and the column "name", as the source spells
+    it: of the prepared image without suffix, for `folder` the path below the root."""
     rows = list(sources.read_table(path))
     missing = {"name", *LABELS} - set(rows[0] if rows else ())
     if missing:
         raise InputError(f"{path}: no column {', '.join(sorted(missing))}; needed are name and the 14 labels")
-    return {row["name"]: sources.spelled(sources.chexpert_labels(row)) for row in rows}
+    return {row["name"]: spelled(sources.chexpert_labels(row)) for row in rows}
 
 
-def records_of(source, root, out, labels=None):
-    """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital."""
-    hashed = None
+def strays(root, claimed, kinds):
+    """The files at or below root of the kinds that a source's tables name, which no row names; 8 bytes of memory a row."""
+    claimed = np.sort(np.frombuffer(claimed, np.int64))
+    for path in sources.walk(root):
+        if path.suffix in kinds:
+            i = np.searchsorted(claimed, hash(str(path)))
+            if i == len(claimed) or claimed[i] != hash(str(path)):
+                yield path
+
+
+def records_of(source, root, out, labels=None, metadata_only=False):
+    """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital.
+    Last come the images that no row of a table names, as unfit."""
+    hashed, claimed, kinds = None, array("q"), set()
     try:
         for file, record in SOURCES[source](root):
             record |= (labels or {}).get(record["name"], {})
@@ -282,7 +172,13 @@ def records_of(source, root, out, labels=None):
             record["path"] = f"images/{record.pop('name')}.png"
             if source != "folder" or labels:  # an index in the project's own columns is taken as it says
                 record = settle(record)
+            if file:
+                claimed.append(hash(str(file)))
+                kinds.add(file.suffix)
             yield file, {"split": stable_split(record["patient"], **share)} | record
+        if source != "folder" and not metadata_only:
+            yield from ((file, {"path": file.name, "unfit": "no row of the tables names it, or another file of this name was taken"})
+                        for file in strays(root, claimed, kinds))
     except InputError:
         raise
     except (KeyError, ValueError, AttributeError) as error:
@@ -312,10 +208,15 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     root, out = Path(root), Path(out)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{out} lies inside {root}, whose images it would become; name a folder outside")
     labels = read_labels(labels) if labels else None
-    total = sum(1 for _ in records_of(source, root, out, labels))
+    total = sum(1 for _ in records_of(source, root, out, labels, metadata_only))
     if not total:
         raise InputError(f"{root}: no images found for the source {source}")
+    if labels and not any(record["name"] in labels for _, record in SOURCES[source](root)):
+        first = next(iter(SOURCES[source](root)))[1]["name"]
+        raise InputError(f"no name in the table of labels is an image's; the first image's name is {first!r}")
     (out / "images").mkdir(parents=True, exist_ok=True)
     settings = {"source": source, "root": str(root.resolve()), "size": size, "bits": bits, "rows": total}
     mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "ends": [0, 0]}
@@ -333,7 +234,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         if not counts.total():
             rows.writerow(COLUMNS)
             reasons.writerow(["path", "reason"])
-        stream = itertools.islice(records_of(source, root, out, labels), counts.total(), None)
+        stream = itertools.islice(records_of(source, root, out, labels, metadata_only), counts.total(), None)
         while chunk := list(itertools.islice(stream, CHUNK)):
             present = [] if metadata_only else [(file, record, out, size, bits) for file, record in chunk if file]
             results = pool.imap(prepare_one, present, chunksize=8)

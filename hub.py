@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from data import InputError, write_json
+from cli import InputError, write_json
 
 
 def save_model(model, folder, dtype=torch.bfloat16):

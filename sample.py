@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
+import cli
+import fields
 import flow
 import hub
 import radiograph
 import radit
 import vae
-from data import InputError
+from cli import InputError
 
 DEMO = Path(__file__).parent / "weights" / "demo"
 
@@ -64,7 +65,7 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
         part = seeds[start:start + batch]
         noise = torch.stack([torch.randn(cfg.channels, *cfg.grid, generator=torch.Generator().manual_seed(seed))
                              for seed in part])                      # N C H W, drawn on the CPU: the same on any device
-        condition = [x.to(device) for x in data.encode_metadata(records[start:start + batch], cfg.datasets)]
+        condition = [x.to(device) for x in fields.encode_metadata(records[start:start + batch], cfg.datasets)]
         null = [torch.full_like(condition[0], torch.nan), torch.zeros_like(condition[1])]
         velocity = flow.guided(model, condition, null, guidance, cfg.prediction)
         x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W
@@ -79,23 +80,23 @@ def write_samples(out, images, records, seeds, weights):
     for i, (image, record, seed) in enumerate(zip(images, records, seeds)):
         text = {"Synthetic": "yes", "Software": "RadiT", "Weights": weights, "Seed": str(seed), "Metadata": json.dumps(record)}
         radiograph.save_image(image, out / f"{i:04}.png", text)
-        rows.append([f"{i:04}.png", seed, *(record.get(field, "") for field in data.FIELDS)])
+        rows.append([f"{i:04}.png", seed, *(record.get(field, "") for field in fields.FIELDS)])
     radiograph.save_image(radiograph.grid(images), out / "grid.png", {"Synthetic": "yes", "Software": "RadiT", "Weights": weights})
-    data.write_csv(out / "metadata.csv", ["file", "seed", *data.FIELDS], rows)
+    cli.write_csv(out / "metadata.csv", ["file", "seed", *fields.FIELDS], rows)
 
 
 def main():
-    values = "; ".join(f"{field}: {', '.join(data.VALUES[field])}" for field in data.CODED[:4])
-    parser = data.Parser(description="Draw synthetic chest radiographs.",
+    values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
+    parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
-                                f"{', '.join(data.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
+                                f"{', '.join(fields.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
     parser.add_argument("--weights", type=Path, default=DEMO, help="a folder that holds radit/ and vae/")
-    parser.add_argument("--n", type=data.positive, default=16, help="how many images")
-    parser.add_argument("--steps", type=data.positive, default=25)
+    parser.add_argument("--n", type=cli.positive, default=16, help="how many images")
+    parser.add_argument("--steps", type=cli.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
-    parser.add_argument("--batch", type=data.positive, default=16, help="images at a time")
+    parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
@@ -109,7 +110,7 @@ def main():
         if "=" not in item:
             raise InputError(f"--set {item}: not of the form FIELD=VALUE, such as pneumonia=positive")
         asked |= [item.split("=", 1)]
-    asked = {field: data.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
+    asked = {field: fields.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
     asked = {field: value for field, value in asked.items() if value is not None}
     check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
@@ -132,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

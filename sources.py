@@ -1,13 +1,13 @@
 """The seven sources of CXR7-1M, and any folder: how each spells a file, a patient, a view, an age, a sex, a label.
 
 Every source is one function from its own tables to (file, record) pairs. A record is a dict of the fields it knows
-(see data.py), in their canonical spelling, plus "name" (of the prepared image, without suffix), "patient" and, where
+(see fields.py), in their canonical spelling, plus "name" (of the prepared image, without suffix), "patient" and, where
 the source has an official split, "split". A row whose image is not there yields (None, record): people download
 parts. Files are found wherever under the root the archives were unpacked.
 
 Labels. The 14 CheXpert labels are read as: 1 positive; 0 negative; -1 (uncertain) and blank unknown. Terms of other
 vocabularies are mapped by the tables below; a term that is absent from a list of terms is unknown, not negative. What
-follows from "No Finding" is one rule for all sources, `settle` in data.py.
+follows from "No Finding" is one rule for all sources, `settle` in fields.py.
 """
 import ast
 import csv
@@ -20,6 +20,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pydicom
+
+from fields import LABELS, MAX_AGE, field_of, spelled
 
 # ---------------------------------------------------------------------------------------------------------
 # Tables and files
@@ -68,21 +70,6 @@ SEX = {"M": "male", "MALE": "male", "F": "female", "FEMALE": "female"}
 VIEW = {"AP": "AP", "ANTERO_POSTERIOR": "AP", "AP AXIAL": "AP", "AP LLD": "AP", "AP RLD": "AP", "AP_HORIZONTAL": "AP",
         "PA": "PA", "POSTERO_ANTERIOR": "PA", "PA LLD": "PA", "PA RLD": "PA",
         "LATERAL": "LATERAL", "LAT": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL"}
-LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-          "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-          "Fracture", "Support Devices")  # CheXpert's order
-MAX_AGE = 120  # years; ChestX-ray14's first release holds ages up to 414, which are typing errors
-
-
-def field_of(label):
-    return label.lower().replace(" ", "_")
-
-
-def spelled(record):
-    """The record without what is unknown."""
-    return {key: value for key, value in record.items() if value is not None}
-
-
 def race_of(text):
     """Asian, black or white out of a free description ("ASIAN - CHINESE", "Black or African American"); else None."""
     for race in ("asian", "black", "white"):

@@ -29,14 +29,16 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import cli
 import data
+import fields
 import flow
 import hub
 import radiograph
 import radit
 import sample
 import vae
-from data import InputError
+from cli import InputError
 
 
 @dataclass
@@ -290,7 +292,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, images, latents, datasets):
         self.images, self.latents = images, latents
-        self.age, self.codes = data.encode_metadata(images.records, datasets)
+        self.age, self.codes = fields.encode_metadata(images.records, datasets)
         self.items = [(i, None) for i in range(len(images))]         # image, row of the cache
         if latents:
             names = vae.names_of(images)
@@ -317,7 +319,7 @@ def train_radit(args, cfg):
     decoder = hub.load_model(vae.RadVAE, vae.VAEConfig, args.vae).to(pick_device()[0]) if latents else None
     if latents and hub.fingerprint(args.vae) != latents.vae:
         raise InputError(f"{args.latents} holds latents of another VAE than {args.vae}; encode again")
-    datasets = list(data.DATASETS)
+    datasets = list(fields.DATASETS)
     datasets += sorted({record["dataset"] for record in images.records if "dataset" in record} - set(datasets))
     examples = Examples(images, latents, datasets)
     width, depth, heads = radit.SIZES[args.size]
@@ -327,8 +329,8 @@ def train_radit(args, cfg):
     chosen = random.Random(cfg.seed).sample(images.records, min(64, len(images)))
     config = radit.RadiTConfig(
         channels=shape[0], grid=tuple(shape[1:]), patch=1 if latents else args.patch, width=width, depth=depth, heads=heads,
-        prediction="velocity" if latents else "data", shift=args.shift, datasets=datasets, covered=data.coverage(images.records),
-        examples=[{field: r[field] for field in data.FIELDS if field in r} for r in chosen], vae=latents.vae if latents else "")
+        prediction="velocity" if latents else "data", shift=args.shift, datasets=datasets, covered=fields.coverage(images.records),
+        examples=[{field: r[field] for field in fields.FIELDS if field in r} for r in chosen], vae=latents.vae if latents else "")
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
     few = Examples(held_out, latents, datasets)
@@ -357,7 +359,7 @@ def numbers(text):
 
 
 def main():
-    parser = data.Parser(description="Train Rad-VAE or RadiT; the same command again resumes.")
+    parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again resumes.")
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = {"vae": TrainConfig(), "radit": TrainConfig(batch=64, ema=100_000, warmup=20_000)}
     for name, default in defaults.items():
@@ -365,13 +367,13 @@ def main():
         p.add_argument("--data", nargs="+", required=True, help="prepared sources")
         p.add_argument("--out", type=Path, required=True, help="the run's folder")
         for field, value in asdict(default).items():
-            kind = data.positive if field in ("images", "batch", "log_every", "save_every") else type(value)
+            kind = cli.positive if field in ("images", "batch", "log_every", "save_every") else type(value)
             p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value, help="see TrainConfig in this file")
     p = commands.choices["vae"]
     p.add_argument("--widths", type=numbers, default=(128, 256, 512, 512), help="channels of each level, finest first")
-    p.add_argument("--layers", type=data.positive, default=2, help="residual blocks a level")
-    p.add_argument("--groups", type=data.positive, default=32, help="of GroupNorm")
-    p.add_argument("--latent-channels", type=data.positive, default=32)
+    p.add_argument("--layers", type=cli.positive, default=2, help="residual blocks a level")
+    p.add_argument("--groups", type=cli.positive, default=32, help="of GroupNorm")
+    p.add_argument("--latent-channels", type=cli.positive, default=32)
     p.add_argument("--kl-weight", type=float, default=3e-4)
     p = commands.choices["radit"]
     p.add_argument("--size", choices=radit.SIZES, default="B")
@@ -379,7 +381,7 @@ def main():
     space.add_argument("--latents", type=Path, help="made by python vae.py encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels, data prediction")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
-    p.add_argument("--patch", type=data.positive, default=16, help="pixels a token on each side, with --pixels")
+    p.add_argument("--patch", type=cli.positive, default=16, help="pixels a token on each side, with --pixels")
     p.add_argument("--shift", type=float, default=1.0, help="time shift towards noise; above 1 for many tokens")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
@@ -391,4 +393,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
+import cli
 import data
 import hub
 import radiograph
@@ -44,7 +45,7 @@ class VAEConfig:
     def __post_init__(self):
         self.widths = tuple(self.widths)  # JSON has no tuples
         if any(width % self.groups for width in self.widths):
-            raise data.InputError(f"widths {self.widths} are not all multiples of the {self.groups} groups of GroupNorm")
+            raise cli.InputError(f"widths {self.widths} are not all multiples of the {self.groups} groups of GroupNorm")
 
 
 class ResnetBlock(nn.Module):
@@ -268,7 +269,7 @@ def encode(folders, vae_folder, out, versions=1, batch=16):
     images = data.Radiographs(folders)
     names = names_of(images)
     if len(set(names)) < len(images):
-        raise data.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
+        raise cli.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
     rows = [(i, version) for i, record in enumerate(images.records)
             for version in range(versions if record["split"] == "train" else 1)]
     about = {"vae": hub.fingerprint(vae_folder), "rows": [names[i] for i, _ in rows]}
@@ -277,7 +278,7 @@ def encode(folders, vae_folder, out, versions=1, batch=16):
         for shard in out.glob("*.safetensors"):
             shard.unlink()
         out.mkdir(parents=True, exist_ok=True)
-        data.write_json(table, about)
+        cli.write_json(table, about)
 
     def picture(row):
         i, version = rows[row]
@@ -315,7 +316,7 @@ class Latents:
     def __init__(self, folder):
         self.folder, self.shards = Path(folder), {}
         if not (self.folder / "latents.json").exists():
-            raise data.InputError(f"{folder}: no latents.json; make it with python vae.py encode")
+            raise cli.InputError(f"{folder}: no latents.json; make it with python vae.py encode")
         about = json.loads((self.folder / "latents.json").read_text())
         self.vae, self.rows = about["vae"], {}                       # rows: image -> where its versions are
         for row, name in enumerate(about["rows"]):
@@ -329,7 +330,7 @@ class Latents:
 
 
 def main():
-    parser = data.Parser(description="Cache the latents of prepared sources, or measure reconstruction.")
+    parser = cli.Parser(description="Cache the latents of prepared sources, or measure reconstruction.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
                        ("evaluate", "print the PSNR and SSIM of reconstructed images")):
@@ -337,7 +338,7 @@ def main():
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
         p.add_argument("--vae", type=Path, required=True, help="a folder with config.json and model.safetensors")
     commands.choices["encode"].add_argument("--out", type=Path, required=True)
-    commands.choices["encode"].add_argument("--versions", type=data.positive, default=1,
+    commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
                                             help="rows of a training image: itself and slightly moved copies, for small data sets")
     commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
     args = parser.parse_args()
@@ -349,4 +350,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

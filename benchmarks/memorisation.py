@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
 import data
 import radiograph
 import sample
@@ -81,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

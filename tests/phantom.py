@@ -13,7 +13,8 @@ import random
 import numpy as np
 from PIL import Image
 
-from data import COLUMNS, FINDINGS, index_row
+from data import COLUMNS, index_row
+from fields import FINDINGS
 
 SIDE = 32
 

@@ -5,23 +5,25 @@ import pytest
 from PIL import Image
 from pictures import RAMP, picture, write_dicom
 
+import cli
 import data
+import fields
 import sources
-from data import InputError
+from cli import InputError
 
 # --- fields ---------------------------------------------------------------------------------------------
 
 def test_there_are_19_fields_in_the_master_csvs_names():
-    assert len(data.FIELDS) == 19 and len(data.CODED) == 18 and len(data.COLUMNS) == 22
-    assert data.FINDINGS["enlarged_cardiomediastinum"] == "Enlarged Cardiomediastinum"
+    assert len(fields.FIELDS) == 19 and len(fields.CODED) == 18 and len(data.COLUMNS) == 22
+    assert fields.FINDINGS["enlarged_cardiomediastinum"] == "Enlarged Cardiomediastinum"
 
 
 def test_encode_metadata_by_hand():
     records = [{"age": 61.5, "sex": "male", "view": "LATERAL", "dataset": "own", "edema": "positive"},
                {"race": "black", "no_finding": "negative"}]
-    age, codes = data.encode_metadata(records, (*data.DATASETS, "own"))
+    age, codes = fields.encode_metadata(records, (*fields.DATASETS, "own"))
     assert age[0] == 61.5 and age[1].isnan()
-    first, second = (dict(zip(data.CODED, row.tolist())) for row in codes)
+    first, second = (dict(zip(fields.CODED, row.tolist())) for row in codes)
     assert {k: v for k, v in first.items() if v} == {"sex": 2, "view": 3, "dataset": 8, "edema": 2}
     assert {k: v for k, v in second.items() if v} == {"race": 2, "no_finding": 1}
 
@@ -30,7 +32,7 @@ def test_encode_metadata_by_hand():
     ("sex", "F", "female"), ("sex", "Male", "male"), ("view", "pa", "PA"), ("age", "0.5", 0.5), ("race", "Asian", "asian"),
     ("edema", "POSITIVE", "positive"), ("dataset", "padchest", "PadChest"), ("sex", "Unknown", None), ("age", "", None)])
 def test_values_are_read_as_people_write_them(field, text, value):
-    assert data.parse_value(field, text) == value
+    assert fields.parse_value(field, text) == value
 
 
 @pytest.mark.parametrize("field, text, message", [
@@ -38,7 +40,7 @@ def test_values_are_read_as_people_write_them(field, text, value):
     ("age", "-1", "0 to 120"), ("age", "414", "0 to 120"), ("age", "old", "0 to 120"), ("dataset", "mine", "MIMIC-CXR")])
 def test_other_values_are_refused_with_what_is_accepted(field, text, message):
     with pytest.raises(InputError, match=message):
-        data.parse_value(field, text)
+        fields.parse_value(field, text)
 
 
 @pytest.mark.parametrize("text, years", [("057Y", 57), ("006M", 0.5), ("57", 57), ("", None), ("old", None), ("414Y", None), ("85 or more", 85), ("57.0", 57), ("002W", 14 / 365.25)])
@@ -107,13 +109,15 @@ def test_folder_reads_dicom_tags_and_rejects_the_rest(tmp_path):
 
 def write_index(root, **changes):
     row = dict(zip(data.COLUMNS, data.index_row({"path": "a.png", "patient": "p", "split": "train", "age": 40.0, "dataset": "own"})))
-    data.write_csv(root / "index.csv", data.COLUMNS, [(row | changes).values()])
+    cli.write_csv(root / "index.csv", data.COLUMNS, [(row | changes).values()])
 
 
 def test_folder_with_an_index_keeps_what_it_says(tmp_path):
-    picture(tmp_path, RAMP, name="a.png")
-    write_index(tmp_path, **{"Pneumonia": "2", "Sex_name": "F"})
-    assert data.prepare("folder", tmp_path, tmp_path / "out", size=64)["taken"] == 1
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root, RAMP, name="a.png")
+    write_index(root, **{"Pneumonia": "2", "Sex_name": "F"})
+    assert data.prepare("folder", root, tmp_path / "out", size=64)["taken"] == 1
     record = data.read_index(tmp_path / "out")[0]
     assert {k: record[k] for k in ("age", "sex", "pneumonia", "dataset", "split")} == {
         "age": 40.0, "sex": "female", "pneumonia": "positive", "dataset": "own", "split": "train"}
@@ -147,9 +151,11 @@ def test_a_bad_row_is_refused_in_one_line_and_nothing_is_written(tmp_path, comma
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", ".", "out"), "no Data_Entry_2017*.csv* in it or below it"),
-    (("folder", ".", "file/out"), "file")])
+    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", "root", "out"), "no Data_Entry_2017*.csv* in it or below it"),
+    (("folder", ".", "out"), "out lies inside ."), (("folder", "root", "file/out"), "file")])
 def test_bad_arguments_of_prepare(tmp_path, command, arguments, message):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/notes.txt").touch()
     (tmp_path / "file").write_text("a file where the output should go")
     status, _, errors = command("data.py", "prepare", *arguments, cwd=tmp_path)
     assert status == 2 and message in errors and len(errors.splitlines()) == 1
@@ -189,7 +195,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes_for_any_number_of_workers(f
         other = tmp_path / f"cut{workers}/out"
         other.parent.mkdir()
         other.with_name("out.key").write_text(out.with_name("out.key").read_text())
-        written, write = [], data.write_json
+        written, write = [], cli.write_json
 
         def interrupted(path, value):
             write(path, value)
@@ -236,40 +242,51 @@ def test_names_in_a_hospitals_paths_and_tags_are_hashed_with_a_key(tmp_path):
 @pytest.mark.parametrize("record, expected", [
     ({"edema": "positive"}, {"edema": "positive", "no_finding": "negative"}),
     ({"edema": "positive", "no_finding": "positive"}, {"edema": "positive", "no_finding": "negative"}),   # contradiction
+    ({"edema": "positive", "lung_opacity": "negative"}, {"edema": "positive", "no_finding": "negative"}),  # parent against child
+    ({"cardiomegaly": "negative", "enlarged_cardiomediastinum": "negative"},) * 2,
     ({"support_devices": "positive"}, {"support_devices": "positive"}),
     ({"edema": "negative"}, {"edema": "negative"}), ({}, {}),
     ({"no_finding": "positive", "support_devices": "positive"},
-     {f: "negative" for f in data.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"})])
+     {f: "negative" for f in fields.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"})])
 def test_the_label_policy(record, expected):
-    assert data.settle(record) == expected
+    assert fields.settle(record) == expected
 
 
 def test_the_master_csv_loads_unchanged(tmp_path):
     row = ["PadChest", "images/PadChest/1.png", "P1", "63.0", "F", "U", "LATERAL", "valid", *(["0.0"] * 12), "2", "1"]
-    data.write_csv(tmp_path / "CXR7-1M.csv", data.COLUMNS, [row])
+    cli.write_csv(tmp_path / "CXR7-1M.csv", data.COLUMNS, [row])
     assert data.read_index(tmp_path / "CXR7-1M.csv") == [
         {"dataset": "PadChest", "age": 63.0, "sex": "female", "view": "LATERAL", "path": "images/PadChest/1.png", "patient": "P1",
          "split": "valid", "fracture": "positive", "support_devices": "negative"}]
+
+
+def test_an_output_inside_the_source_is_refused(tmp_path):
+    picture(tmp_path, RAMP, name="a.png")
+    with pytest.raises(InputError, match="lies inside"):
+        data.prepare("folder", tmp_path, tmp_path / "out", size=64)
 
 
 def test_labels_of_a_reports_only_source_come_from_a_csv(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     picture(root, RAMP, name="a.png")
-    data.write_csv(tmp_path / "labels.csv", ["name", *data.LABELS], [["a.png", *[""] * 5, "1.0", "-1", "0", *[""] * 6]])
+    cli.write_csv(tmp_path / "labels.csv", ["name", *fields.LABELS], [["a.png", *[""] * 5, "1.0", "-1", "0", *[""] * 6]])
     data.prepare("folder", root, tmp_path / "out", size=64, labels=tmp_path / "labels.csv")
     record = data.read_index(tmp_path / "out")[0]
-    assert {k: v for k, v in record.items() if k in data.FINDINGS} == {
+    assert {k: v for k, v in record.items() if k in fields.FINDINGS} == {
         "edema": "positive", "pneumonia": "negative", "no_finding": "negative"}
-    data.write_csv(tmp_path / "short.csv", ["name"], [["a.png"]])
+    cli.write_csv(tmp_path / "short.csv", ["name"], [["a.png"]])
     with pytest.raises(InputError, match="no column Atelectasis"):
         data.prepare("folder", root, tmp_path / "out2", labels=tmp_path / "short.csv")
+    cli.write_csv(tmp_path / "others.csv", ["name", *fields.LABELS], [["b.png", *["1"] * 14]])
+    with pytest.raises(InputError, match="no name in the table of labels is an image's; the first image's name is 'a.png'"):
+        data.prepare("folder", root, tmp_path / "out2", labels=tmp_path / "others.csv")
 
 
 def test_stats_count_every_value(tmp_path, command):
     rows = [{"path": "a.png", "patient": "p", "split": "train", "age": 39.5, "dataset": "own", "sex": "male", "edema": "positive"},
             {"path": "b.png", "patient": "q", "split": "test", "age": 40.0, "dataset": "BRAX", "sex": "male"}]
-    data.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, rows))
+    cli.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, rows))
     table = data.statistics([tmp_path])
     assert table["sex", "male"] == {"own": 1, "BRAX": 1} and table["age", "30-39"] == {"own": 1}
     assert table["edema", "positive"] == {"own": 1} and table["edema", "unknown"] == {"BRAX": 1}

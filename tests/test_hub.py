@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hub
-from data import InputError
+from cli import InputError
 from vae import RadVAE, VAEConfig
 
 SMALL = VAEConfig(channels=1, latent_channels=2, widths=(4, 8), layers=1, groups=2)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
+import fields
 import radit
 from radit import RadiT, RadiTConfig
 
@@ -24,7 +24,7 @@ def randomised(config, seed=0):
 
 def inputs(config, count=3):
     torch.manual_seed(1)
-    age, codes = data.encode_metadata([{"age": 50.0, "sex": "male", "view": "PA"}, {"edema": "positive"}, {}][:count])
+    age, codes = fields.encode_metadata([{"age": 50.0, "sex": "male", "view": "PA"}, {"edema": "positive"}, {}][:count])
     return torch.randn(count, config.channels, *config.grid), torch.rand(count), age, codes
 
 
@@ -39,12 +39,12 @@ def test_sizes_are_what_they_say():
 
 
 @pytest.mark.parametrize("config", [SMALL, RadiTConfig(width=256, depth=3, heads=4), RadiTConfig(
-    channels=1, grid=(64, 64), patch=16, width=128, depth=2, heads=1, datasets=(*data.DATASETS, "own"))])
+    channels=1, grid=(64, 64), patch=16, width=128, depth=2, heads=1, datasets=(*fields.DATASETS, "own"))])
 def test_parameters_and_flops_are_those_of_the_built_model(config):
     model = RadiT(config)
     assert sum(p.numel() for p in model.parameters()) == radit.count_parameters(config)
     x = torch.randn(1, config.channels, *config.grid)
-    age, codes = data.encode_metadata([{"age": 60.0}])
+    age, codes = fields.encode_metadata([{"age": 60.0}])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x, torch.rand(1), age, codes)
     assert radit.count_flops(config) == counter.get_total_flops()
@@ -150,7 +150,7 @@ def test_each_field_has_its_own_null_and_images_do_not_mix():
         other = codes.clone()
         other[0, column] = 1 if other[0, column] == 0 else 0
         out = model(x, t, age, other)
-        assert not torch.allclose(out[0], base[0], atol=1e-6), data.CODED[column]
+        assert not torch.allclose(out[0], base[0], atol=1e-6), fields.CODED[column]
         assert torch.allclose(out[1:], base[1:], atol=1e-5)
     unknown = age.clone()
     unknown[0] = math.nan

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import fields
 import hub
 import radit
 import sample
 import vae
 from conftest import ROOT
-from data import InputError
+from cli import InputError
 
 DEMO = ROOT / "weights/demo"
 
@@ -26,7 +26,7 @@ def weights(tmp_path_factory):
     hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), folder / "vae")
     covered = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9}, "pneumonia": {"positive": 2}, "dataset": {"own": 9},
                "age": [20, 80]}
-    config = radit.RadiTConfig(channels=8, grid=(8, 8), width=128, depth=2, heads=2, datasets=(*data.DATASETS, "own"),
+    config = radit.RadiTConfig(channels=8, grid=(8, 8), width=128, depth=2, heads=2, datasets=(*fields.DATASETS, "own"),
                                covered=covered, examples=[{"age": 30.0, "sex": "male"}, {"view": "PA"}], shift=2.0,
                                vae=hub.fingerprint(folder / "vae"))
     model = radit.RadiT(config)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 import data
+import fields
 import sources
 
 RAMP = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
-BLANK = dict.fromkeys(data.LABELS, "")
+BLANK = dict.fromkeys(fields.LABELS, "")
 
 
 def write(path, content):
@@ -57,12 +59,12 @@ def chexpert(root):
     lateral = row | {"path_to_image": "valid/patient2/study1/view2_lateral.jpg", "frontal_lateral": "Lateral", "ap_pa": "",
                      "deid_patient_id": "patient2", "split": "valid", "race": "Unknown", "sex": "Unknown"}
     write_rows(root / "df_chexpert_plus_240401.csv", row, lateral)
-    labels = {"path_to_image": row["path_to_image"]} | dict.fromkeys(data.LABELS) | {"No Finding": 1.0, "Support Devices": 1.0}
+    labels = {"path_to_image": row["path_to_image"]} | dict.fromkeys(fields.LABELS) | {"No Finding": 1.0, "Support Devices": 1.0}
     write(root / "chexbert_labels/report_fixed.json", json.dumps(labels) + "\n")
     write(root / "chexbert_labels/findings_fixed.json", json.dumps(labels | {"Edema": 1.0}) + "\n")
     image(root / "PNG/train/patient1/study1/view1_frontal.png")
     image(root / "PNG/valid/patient2/study1/view2_lateral.png")
-    negative = {f: "negative" for f in data.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"}
+    negative = {f: "negative" for f in fields.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"}
     return [{"patient": "CXPpatient1", "age": 63, "sex": "male", "race": "white", "view": "AP", "split": "train",
              "dataset": "CheXpert-Plus"} | negative,
             {"patient": "CXPpatient2", "age": 63, "view": "LATERAL", "split": "valid", "dataset": "CheXpert-Plus"}]
@@ -91,7 +93,7 @@ def padchest(root):
         image(root / name)
     known = {"patient": "PAD77", "sex": "female", "dataset": "PadChest", "split": data.stable_split("PAD77")}
     return [known | {"age": 64, "view": "AP", "pleural_effusion": "positive", "support_devices": "positive", "no_finding": "negative"},
-            known | {"view": "LATERAL"} | {f: "negative" for f in data.FINDINGS if f != "support_devices"} | {"no_finding": "positive"},
+            known | {"view": "LATERAL"} | {f: "negative" for f in fields.FINDINGS if f != "support_devices"} | {"no_finding": "positive"},
             "labelled exclude", known | {"age": 64}, None]
 
 
@@ -127,7 +129,7 @@ def vindr(root):
     write_rows(root / "annotations/image_labels_test.csv", {"image_id": "y"} | terms | {"No finding": "1"})
     image(root / "train/x.dicom")
     image(root / "test/y.dicom")
-    asked = {f: "negative" for f in data.FINDINGS if f != "support_devices"}
+    asked = {f: "negative" for f in fields.FINDINGS if f != "support_devices"}
     known = {"view": "PA", "dataset": "VinDr-CXR"}
     return [known | asked | {"patient": "VINx", "split": data.stable_split("VINx", 0.1, 0), "lung_lesion": "positive"},
             known | asked | {"patient": "VINy", "split": "test", "no_finding": "positive"}]
@@ -161,17 +163,26 @@ def test_a_table_of_another_form_is_refused_in_one_line(tmp_path, command):
     assert status == 2 and "no PADCHEST_chest_x_ray_images_labels_160K*.csv*" in errors
 
 
+def test_an_image_that_no_row_names_is_in_the_rejected(tmp_path):
+    brax(tmp_path / "root")
+    image(tmp_path / "root/images/id_3/Study_1/image-9.png")
+    image(tmp_path / "root/images/id_3/preview.jpg")                 # another kind than the tables name: not an input
+    assert data.prepare("brax", tmp_path / "root", tmp_path / "out", size=32) == {"taken": 2, "rejected": 1, "missing": 0}
+    assert (tmp_path / "out/rejected.csv").read_text().splitlines()[1:] == [
+        "images/id_3/Study_1/image-9.png,\"no row of the tables names it, or another file of this name was taken\""]
+
+
 @pytest.mark.parametrize("path", ["../../etc/passwd.png", "/etc/passwd.png"])
 def test_no_path_of_a_table_leaves_its_root(tmp_path, path):
     brax(tmp_path / "root")
     table = tmp_path / "root/master_spreadsheet_update.csv"
     table.write_text(table.read_text().replace("images/id_1/Study_1/Series_1/image-1.png", path))
-    with pytest.raises(data.InputError, match="leaves its root"):
+    with pytest.raises(cli.InputError, match="leaves its root"):
         data.prepare("brax", tmp_path / "root", tmp_path / "out", size=32)
     mimic(tmp_path / "other")
     for table in (tmp_path / "other").rglob("mimic-cxr-2.0.0-*.csv"):
         table.write_text(table.read_text().replace("aa", path.removesuffix(".png")))
-    with pytest.raises(data.InputError, match="leaves its root|not a plain file name"):
+    with pytest.raises(cli.InputError, match="leaves its root|not a plain file name"):
         data.prepare("mimic", tmp_path / "other", tmp_path / "out", size=32)
     assert not (tmp_path / "out").exists()
 
@@ -186,4 +197,4 @@ def test_damaged_tags_do_not_stop_a_run(tmp_path):
 @pytest.mark.parametrize("table", [sources.NIH_TERMS, sources.VINDR_TERMS, sources.PADCHEST_TERMS])
 def test_every_term_leads_to_one_of_the_14_labels(table):
     labels = {label for joined in table.values() for label in joined.split("|") if label}
-    assert labels <= set(data.LABELS) and all(term == term.strip().lower() for term in table)
+    assert labels <= set(fields.LABELS) and all(term == term.strip().lower() for term in table)

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import fields
 import hub
 import radit
 import sample
 import train
 from conftest import ROOT
-from data import InputError
+from cli import InputError
 
 
 @pytest.fixture(scope="session")
@@ -161,9 +162,9 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
 
 def test_loss_by_t_adds_up(phantoms):
     images = data.Radiographs([phantoms], "train")
-    examples = train.Examples(images, None, (*data.DATASETS, "phantom"))
+    examples = train.Examples(images, None, (*fields.DATASETS, "phantom"))
     config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
-                               datasets=(*data.DATASETS, "phantom"))
+                               datasets=(*fields.DATASETS, "phantom"))
     batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
     loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, torch.Generator().manual_seed(0))
     sums, counts = terms["loss_by_t"]
@@ -175,7 +176,7 @@ def test_loss_by_t_adds_up(phantoms):
 
 def test_coverage_by_hand():
     records = [{"age": 30.0, "sex": "male", "view": "PA"}, {"age": 70.0, "sex": "male"}, {"edema": "positive"}]
-    assert data.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
+    assert fields.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
 
 
 def test_phantoms_are_drawn_as_asked(phantoms, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import data
 import hub
 import radiograph
@@ -123,7 +124,7 @@ def prepared(tmp_path):
     for i in range(5):
         radiograph.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
         rows.append(data.index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train", "dataset": "own"}))
-    data.write_csv(root / "index.csv", data.COLUMNS, rows)
+    cli.write_csv(root / "index.csv", data.COLUMNS, rows)
     return root
 
 

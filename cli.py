@@ -1,0 +1,51 @@
+"""What every command here shares: errors in one line, files whole or not at all."""
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something the user can mend: one line that names what is wrong and what is accepted."""
+
+
+def run(main):
+    """Calls main(); what a user can cause becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text):
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return number
+
+
+def write_json(path, value):
+    """Writes to a temporary name, then renames."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_csv(path, header, rows):
+    """Writes to a temporary name, then renames: a reader finds the whole file or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    os.replace(temporary, path)
