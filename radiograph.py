@@ -139,7 +139,7 @@ def save_image(image, path, text=None):
 def jitter(images, generator):
     """Images (N, 1, H, W) as a slightly different exposure would show them: up to 12 % closer, moved by no more than
     that leaves room for, tilted by up to 3 degrees, brighter or darker by a gamma of up to 1.2. Never flipped."""
-    zoom, tilt, x, y, gamma = (torch.rand(5, len(images), generator=generator) * 2 - 1)  # N each, in [-1, 1]
+    zoom, tilt, x, y, gamma = (torch.rand(5, len(images), generator=generator, device=images.device) * 2 - 1)  # N each, in [-1, 1]
     zoom, tilt = 1.06 + 0.06 * zoom, math.radians(3) * tilt
     room = 1 - 1 / zoom                                              # half of what the zoom leaves out, in half images
     affine = torch.stack([torch.stack([tilt.cos() / zoom, -tilt.sin() / zoom, x * room], -1),
