@@ -77,7 +77,7 @@ def index_record(row, root):
     record = {"dataset": row["Dataset_name"] or None, "age": parse_value("age", row["Age"]),
               "sex": parse_value("sex", row["Sex_name"]), "race": parse_value("race", row["Race_name"]),
               "view": parse_value("view", row["View_name"]), "path": row["ImagePath"], "patient": row["PatientID"],
-              "split": row["Split"]}
+              "split": row["Split"], "prompt": row.get("Prompt")}    # the last of text-to-image benchmarks, if there
     codes = {"0": None, "": None, "1": "negative", "2": "positive"}
     for field, label in FINDINGS.items():
         code = row[label].removesuffix(".0")                         # pandas writes whole numbers so beside blanks

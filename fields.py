@@ -111,3 +111,22 @@ def settle(record):
     doubtful = [parent for parent, children in PARENTS.items() if record.get(parent) == "negative"
                 and any(record.get(child) == "positive" for child in children)]
     return {field: value for field, value in record.items() if field not in doubtful}
+
+
+GROUPS = ("sex", "age", "race", "view", "dataset", "label")
+AGE_BANDS = ((0, 17), (18, 39), (40, 59), (60, 79), (80, MAX_AGE))  # years, both ends included
+
+
+def groups_of(record, kinds):
+    """The subgroups that a record is in, as "kind=value": of sex, race, view or dataset; of age, in bands; of label, one
+    for each positive finding."""
+    groups = []
+    for kind in kinds:
+        if kind == "label":
+            groups += [f"{field}=positive" for field in FINDINGS if record.get(field) == "positive"]
+        elif kind == "age" and "age" in record:
+            first, last = next(band for band in AGE_BANDS if record["age"] < band[1] + 1)
+            groups.append(f"age={first}-{last}")
+        elif kind in record:
+            groups.append(f"{kind}={record[kind]}")
+    return groups
