@@ -9,12 +9,14 @@ that config.json holds. A value that the training data never covered is refused.
 """
 import json
 import math
+import random
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import cli
+import data
 import fields
 import flow
 import hub
@@ -40,18 +42,15 @@ def load_weights(folder):
     return model, decoder
 
 
-def check_covered(record, covered):
-    """Refuses a field or value that the training data never held."""
-    for field, value in record.items():
-        if field not in covered:
-            raise InputError(f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}")
-        if field == "age":
-            low, high = covered["age"]
-            if not low <= value <= high:
-                raise InputError(f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}")
-        elif value not in covered[field]:
-            raise InputError(f"{field}={value} was not covered by the training data of these weights; "
-                             f"covered: {', '.join(covered[field])}")
+def uncovered(field, value, covered):
+    """Why the weights cannot be asked for field = value: the training data never held it. None if they can."""
+    if field not in covered:
+        return f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}"
+    if field == "age":
+        low, high = covered["age"]
+        return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+    if value not in covered[field]:
+        return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
 
 
 @torch.no_grad()
@@ -74,15 +73,28 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
 
 
 def write_samples(out, images, records, seeds, weights):
-    """OUT/0000.png ..., grid.png and metadata.csv; the table comes last, when all pictures are there."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    """OUT/images/0000.png ..., grid.png, metadata.csv, and index.csv as a prepared source has it, so that data.py, metrics.py
+    and classifier.py read OUT like any other. The tables come last, when all pictures are there."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows, index = [], []
     for i, (image, record, seed) in enumerate(zip(images, records, seeds)):
         text = {"Synthetic": "yes", "Software": "RadiT", "Weights": weights, "Seed": str(seed), "Metadata": json.dumps(record)}
-        radiograph.save_image(image, out / f"{i:04}.png", text)
-        rows.append([f"{i:04}.png", seed, *(record.get(field, "") for field in fields.FIELDS)])
+        name = f"images/{i:04}.png"
+        radiograph.save_image(image, out / name, text)
+        rows.append([name, seed, *(record.get(field, "") for field in fields.FIELDS)])
+        index.append(data.index_row(record | {"path": name, "patient": f"synthetic-{seed}", "split": "train"}))
     radiograph.save_image(radiograph.grid(images), out / "grid.png", {"Synthetic": "yes", "Software": "RadiT", "Weights": weights})
     cli.write_csv(out / "metadata.csv", ["file", "seed", *fields.FIELDS], rows)
+    cli.write_csv(out / "index.csv", data.COLUMNS, index)
+
+
+def records_like(folders, splits, count, seed):
+    """The metadata of `count` rows of real indices, in an order that depends on the seed; all are used before any twice."""
+    rows = [record for folder in folders for record in data.read_index(folder) if not splits or record["split"] in splits]
+    if not rows:
+        raise InputError(f"{', '.join(map(str, folders))}: no row in the split {' or '.join(splits)}")
+    order = [i for n in range(-(-count // len(rows))) for i in random.Random(seed + n).sample(range(len(rows)), len(rows))]
+    return [{field: rows[i][field] for field in fields.FIELDS if field in rows[i]} for i in order[:count]]
 
 
 def main():
@@ -100,6 +112,8 @@ def main():
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
+    parser.add_argument("--like", nargs="+", type=Path, help="ask for the metadata of rows of these prepared sources")
+    parser.add_argument("--split", nargs="+", choices=data.SPLITS, help="of --like")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
 
@@ -112,11 +126,19 @@ def main():
         asked |= [item.split("=", 1)]
     asked = {field: fields.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
     asked = {field: value for field, value in asked.items() if value is not None}
-    check_covered(asked, cfg.covered)
+    for item in asked.items():
+        if reason := uncovered(*item, cfg.covered):
+            raise InputError(reason)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
     seeds = list(range(args.seed, args.seed + args.n))
     records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
+    if args.like:
+        records = [record | asked for record in records_like(args.like, args.split, args.n, args.seed)]
+        kept = [{f: v for f, v in record.items() if not uncovered(f, v, cfg.covered)} for record in records]
+        left_out = sum(map(len, records)) - sum(map(len, kept))
+        print(f"{left_out} of {sum(map(len, records))} values of --like were not covered in training and stay unknown")
+        records = kept
     args.out.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

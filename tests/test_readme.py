@@ -56,7 +56,7 @@ def test_a_command_runs(workspace, line):
     assert done.returncode == 0, done.stderr
     if file == "sample.py":
         out = workspace / (arguments[arguments.index("--out") + 1] if "--out" in arguments else "out")
-        assert radiograph.load_image(out / "0001.png").shape[0] == 1 and (out / "grid.png").exists() and (out / "metadata.csv").exists()
+        assert radiograph.load_image(out / "images/0001.png").shape[0] == 1 and (out / "grid.png").exists() and (out / "metadata.csv").exists()
 
 
 def test_the_inventory_is_complete_and_its_line_counts_are_near():

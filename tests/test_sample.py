@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
+import data
 import fields
 import hub
 import radit
@@ -57,10 +59,10 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
     assert status == 0, errors
     assert "2/2" in errors and "3 images" in output                  # the progress bar, and the summary
     rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
-    assert [(r["file"], r["seed"]) for r in rows] == [("0000.png", "40"), ("0001.png", "41"), ("0002.png", "42")]
+    assert [(r["file"], r["seed"]) for r in rows] == [(f"images/000{i}.png", str(40 + i)) for i in range(3)]
     asked = {k: v for k, v in rows[0].items() if v and k not in ("file", "seed")}
     assert asked == {"age": "44.0", "sex": "female", "pneumonia": "positive"}
-    image = Image.open(tmp_path / "out/0001.png")
+    image = Image.open(tmp_path / "out/images/0001.png")
     assert image.mode == "L" and image.size == (32, 32)
     assert image.text["Synthetic"] == "yes" and image.text["Seed"] == "41" and image.text["Weights"] == "random"
     assert json.loads(image.text["Metadata"]) == {"age": 44.0, "sex": "female", "pneumonia": "positive"}
@@ -71,6 +73,20 @@ def test_without_a_wish_each_image_asks_for_an_example(weights, tmp_path, comman
     assert command("sample.py", "--weights", weights, "--n", 3, "--steps", 1, "--out", tmp_path)[0] == 0
     rows = list(csv.DictReader(open(tmp_path / "metadata.csv")))
     assert [r["age"] for r in rows] == ["30.0", "", "30.0"] and [r["view"] for r in rows] == ["", "PA", ""]
+
+
+def test_like_asks_for_rows_of_an_index_and_writes_a_prepared_source(weights, tmp_path, command):
+    records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i, "sex": "male",
+                "race": "black"} for i in range(4)]                  # the weights were never taught a race
+    cli.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, records))
+    status, output, errors = command("sample.py", "--weights", weights, "--like", tmp_path, "--split", "test", "--n", 6, "--steps", 1,
+                                     "--view", "PA", "--out", tmp_path / "out")
+    assert status == 0, errors
+    assert "6 of 24 values of --like were not covered" in output
+    found = data.read_index(tmp_path / "out")
+    assert sorted(r["age"] for r in found[:3]) == sorted(r["age"] for r in found[3:]) == [31, 32, 33]
+    assert all(r["view"] == "PA" and r["sex"] == "male" and "race" not in r for r in found)
+    assert len(data.Radiographs([tmp_path / "out"], "train")) == 6 and len({r["patient"] for r in found}) == 6
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -111,10 +127,10 @@ def test_broken_weights_are_refused(weights, tmp_path, command):
 
 def test_only_covered_values_pass():
     covered = {"sex": {"male": 3}, "age": [20, 80]}
-    sample.check_covered({"sex": "male", "age": 80.0}, covered)
-    for record in ({"sex": "female"}, {"age": 19.0}, {"view": "PA"}):
-        with pytest.raises(InputError):
-            sample.check_covered(record, covered)
+    assert sample.uncovered("sex", "male", covered) is None and sample.uncovered("age", 80.0, covered) is None
+    assert "sex=female was not covered" in sample.uncovered("sex", "female", covered)
+    assert "age 19 was not covered" in sample.uncovered("age", 19.0, covered)
+    assert "says nothing of view" in sample.uncovered("view", "PA", covered)
 
 
 # --- the embedded weights -------------------------------------------------------------------------------

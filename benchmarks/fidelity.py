@@ -1,0 +1,114 @@
+"""How good are weights trained on few images? Every measure here, beside what the same measure gives for real images and for
+pictures that are wrong in known ways, in one run.
+
+    python benchmarks/fidelity.py --data PREPARED... [--weights weights/demo] [--encoder weights/demo/classifier] [--seed 0]
+
+The held-out real images (splits valid and test) are halved by patient. Half A is the reference. Against it, each N = |B|:
+half B itself, the best that can be had; synthetic images asked for B's metadata; B as the VAE returns it; B blurred; the mean
+training image of each of B's data sets and views, a picture that is typical and no radiograph. Then control: what the
+classifier sees in the synthetic images of what was asked, beside what it sees in B. Then memorisation.
+"""
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import classifier
+import cli
+import data
+import fields
+import hub
+import metrics
+import raddino
+import sample
+
+
+@torch.no_grad()
+def features(images, encoder):
+    """(N, 1, H, W) in [-1, 1], seen as the bytes of a file."""
+    pixels = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    ready = (raddino.preprocess(Image.fromarray(x), encoder.config) for x in pixels)
+    return torch.cat([encoder(x[None])[0] for x in tqdm(ready, total=len(pixels), unit="image", leave=False)])
+
+
+def blurred(images, sigma=2.0):
+    offsets = torch.arange(-6, 7) / sigma
+    window = torch.exp(-offsets ** 2 / 2)
+    window = window / window.sum()
+    padded = F.pad(images, (6, 6, 6, 6), mode="reflect")
+    return F.conv2d(F.conv2d(padded, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources the weights were trained on")
+    parser.add_argument("--weights", type=Path, default=sample.DEMO)
+    parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, decoder = sample.load_weights(args.weights)
+    encoder, judge = raddino.load_encoder(args.encoder), classifier.load(classifier.DEMO)
+    splits = {split: data.Radiographs(args.data, split) for split in ("train", "valid", "test")}
+    training = splits["train"]
+    records = splits["valid"].records + splits["test"].records
+    images = torch.stack([*splits["valid"], *splits["test"]])        # N 1 H W
+    patients = sorted({record["patient"] for record in records})
+    first = set(np.random.default_rng(args.seed).permutation(patients)[:len(patients) // 2])
+    a, b = ([i for i, record in enumerate(records) if (record["patient"] in first) == side] for side in (True, False))
+
+    asked = [{f: v for f, v in records[i].items() if f in fields.FIELDS and not sample.uncovered(f, v, model.config.covered)} for i in b]
+    seeds = list(range(args.seed, args.seed + len(b)))
+    with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
+        drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
+    sums = {}
+    for record, image in zip(training.records, training):
+        total = sums.setdefault((record["dataset"], record.get("view")), [0, 0])
+        total[0], total[1] = total[0] + image, total[1] + 1
+    means = torch.stack([(lambda s, n: s / n)(*sums[records[i]["dataset"], records[i].get("view")]) for i in b])
+    candidates = {"real, the other half": images[b], "synthetic": drawn}
+    if decoder:
+        candidates["real, through the VAE"] = torch.cat([decoder.decode(decoder.encode(x)[0]) for x in images[b].split(16)])
+    candidates |= {"real, blurred (sigma 2 pixels)": blurred(images[b]), "mean image of data set and view": means}
+
+    reference = features(images[a], encoder)
+    print(f"weights {args.weights} ({hub.fingerprint(args.weights / 'radit')}), encoder {args.encoder} ({hub.fingerprint(args.encoder)}), "
+          f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, seed {args.seed}, "
+          f"25 Euler steps, guidance 2")
+    print(f"{'':34}" + "".join(f"{m:>18}" for m in ("FDD", "KDD", "precision", "recall", "density", "coverage")))
+    for name, pictures in candidates.items():
+        row = metrics.compare(reference, features(pictures, encoder), 5, None, args.seed)
+        print(f"{name:34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*value):>18}" for value in row.values()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        sample.write_samples(Path(folder), drawn, asked, seeds, args.weights.name)
+        shown = classifier.Labelled([folder], None, judge.config.datasets)
+        synthetic = classifier.measure(shown, classifier.predict(judge, shown), judge.config)
+    held_out = classifier.Labelled(args.data, None, judge.config.datasets)
+    of = {record["path"]: i for i, record in enumerate(held_out.images.records)}
+    real = classifier.measure(held_out, classifier.predict(judge, held_out), judge.config, np.array([of[records[i]["path"]] for i in b]))
+    print(f"\nControl: what {classifier.DEMO.name} ({hub.fingerprint(classifier.DEMO)}) sees of what was asked; "
+          f"AUROC, accuracy or mean error in years, with the 95 % interval")
+    print(f"{'':40}{'asked':>8}{'positive':>10}{'real, half B':>28}{'synthetic':>28}")
+    for r, s in zip(real, synthetic):
+        cells = []
+        for row in (r, s):
+            value = row.get("auroc", row.get("accuracy", row.get("mae")))
+            cells.append("{:.3f} ({:.3f} to {:.3f})".format(value, *row["interval"]) if "interval" in row else "one class only")
+        print(f"{r['field'] + ' ' + r['value']:40}{r['n']:8}{r.get('positives', ''):>10}{cells[0]:>28}{cells[1]:>28}")
+
+    seen = features(torch.stack(list(training)), encoder)
+    print(f"\nDistance to the nearest of {len(seen)} training images, in the encoder's features")
+    for who, row in metrics.memorisation(features(images, encoder), features(drawn, encoder), seen).items():
+        print(f"{who:20}" + "".join(f"   {name} {value:.4f}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
