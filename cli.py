@@ -36,11 +36,15 @@ def positive(text):
     return number
 
 
-def write_json(path, value):
+def write_text(path, text):
     """Writes to a temporary name, then renames."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_csv(path, header, rows):

@@ -9,6 +9,7 @@ training image of each of B's data sets and views, a picture that is typical and
 classifier sees in the synthetic images of what was asked, beside what it sees in B. Then memorisation.
 """
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -79,7 +80,7 @@ def main():
     candidates |= {"real, blurred (sigma 2 pixels)": blurred(images[b]), "mean image of data set and view": means}
 
     reference = features(images[a], encoder)
-    print(f"weights {args.weights} ({hub.fingerprint(args.weights / 'radit')}), encoder {args.encoder} ({hub.fingerprint(args.encoder)}), "
+    print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), encoder {os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
           f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, seed {args.seed}, "
           f"25 Euler steps, guidance 2")
     print(f"{'':34}" + "".join(f"{m:>18}" for m in ("FDD", "KDD", "precision", "recall", "density", "coverage")))
