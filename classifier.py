@@ -87,7 +87,8 @@ class Labelled(torch.utils.data.Dataset):
 
 class ClassifierTask:
     """What train.py's loop asks for."""
-    name = "classifier"
+    name, about = "classifier", {}
+    save = staticmethod(hub.save_model)
 
     def __init__(self, config, held_out):
         self.held_out = held_out

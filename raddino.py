@@ -16,7 +16,6 @@ interpolated, and what a patch does not cover on the right and below is not seen
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -27,6 +26,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
+import hub
 from cli import InputError
 
 
@@ -154,18 +154,17 @@ def our_name(name):
 
 
 def load_encoder(folder):
-    """The encoder in `folder`, in float32, in eval mode, without gradients of its own: microsoft/rad-dino as published, or
-    a folder of this project's classifier, whose encoder it takes.
+    """The encoder in `folder`, here or on the Hub, in float32, in eval mode, without gradients of its own: microsoft/rad-dino
+    as published, or a folder of this project's classifier, whose encoder it takes.
 
     Raises InputError for a missing file, another architecture, a missing or an extra tensor.
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name}; an encoder is a folder with config.json and model.safetensors")
+    files = [hub.find(folder, name) for name in ("config.json", "model.safetensors")]
+    if not all(files):
+        raise InputError(f"{folder}: an encoder is a folder with config.json and model.safetensors, here or on the Hub")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        state = safetensors.torch.load_file(folder / "model.safetensors")
+        config = json.loads(files[0].read_text())
+        state = safetensors.torch.load_file(files[1])
         if "encoder" in config:  # a classifier: its heads are not the encoder's
             encoder = Encoder(EncoderConfig(**config["encoder"]))
             state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}

@@ -29,15 +29,15 @@ DEMO = Path(__file__).parent / "weights" / "demo"
 
 
 def load_weights(folder):
-    """RadiT and its VAE (None for a pixel model) from a folder that holds radit/ and vae/."""
+    """RadiT and its VAE (None for a pixel model) from a folder, here or on the Hub, that holds radit/ and vae/."""
     folder = Path(folder)
-    if not (folder / "radit").is_dir():
+    if not hub.find(folder, "radit/config.json"):
         raise InputError(f"{folder}: no radit/ in it; weights are a folder that holds radit/ and, for latents, vae/")
     model = hub.load_model(radit.RadiT, radit.RadiTConfig, folder / "radit")
     if not model.config.vae:
         return model, None
-    decoder = hub.load_model(vae.RadVAE, vae.VAEConfig, folder / "vae")
-    if hub.fingerprint(folder / "vae") != model.config.vae:
+    decoder = vae.load(folder / "vae")
+    if decoder.fingerprint != model.config.vae:
         raise InputError(f"{folder / 'vae'} is not the VAE whose latents {folder / 'radit'} was trained on")
     return model, decoder
 
@@ -102,7 +102,8 @@ def main():
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
                                 f"{', '.join(fields.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
-    parser.add_argument("--weights", type=Path, default=DEMO, help="a folder that holds radit/ and vae/")
+    parser.add_argument("--weights", type=Path, default=DEMO,
+                        help="a folder that holds radit/ and vae/, or its name on the Hub")
     parser.add_argument("--n", type=cli.positive, default=16, help="how many images")
     parser.add_argument("--steps", type=cli.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")

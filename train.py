@@ -1,6 +1,6 @@
 """Training, one loop for both models: Rad-VAE on images, RadiT on cached latents or on pixels.
 
-    python train.py vae   --data PREPARED... --out RUN
+    python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
     python train.py radit --data PREPARED... --latents LATENTS --size XS --out RUN
 
 The clock is the number of images seen. Data order, noise, times and dropout depend only on (seed, images seen), and
@@ -34,11 +34,16 @@ import data
 import fields
 import flow
 import hub
+import lora
+import metrics
+import perceptual
+import raddino
 import radiograph
 import radit
 import sample
 import vae
 from cli import InputError
+from latents import Latents, names_of
 
 
 @dataclass
@@ -85,9 +90,15 @@ def generator(device, seed, seen):
 def update_ema(ema, model, images_seen, batch, half_life):
     """ema <- lerp(ema, model), in float32; the half-life is at most a twentieth of the images seen, as in EDM2."""
     decay = 0.5 ** (batch / max(min(half_life, images_seen / 20), 1e-9))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = [(average, p) for average, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
+
+
+def trained(model):
+    """The parameters that are trained: all, or a LoRA's."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,7 +130,7 @@ def load_state(path, model, ema, optimizer, about):
                              f"use another --out or the same options")
     for name, module in (("model.", model), ("ema.", ema)):
         module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
-    state, parameters = {}, list(model.parameters())
+    state, parameters = {}, trained(model)
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".")
@@ -135,8 +146,9 @@ def load_state(path, model, ema, optimizer, about):
 def train(task, model, dataset, cfg, out, compiled=()):
     """Trains `model` until cfg.images images are seen.
 
-    `task` has loss(model, batch, generator) -> (loss, dict of terms to log), preview(ema, path) -> dict to log, and
-    `flops`, the structural floating-point operations of one training image.
+    `task` has loss(model, batch, generator) -> (loss, dict of terms to log), preview(ema, path) -> dict to log,
+    save(ema, folder), `about`, a dict of what must not change when a run is continued, and `flops`, the structural
+    floating-point operations of one training image.
     """
     device, bf16 = pick_device()
     out.mkdir(parents=True, exist_ok=True)
@@ -144,14 +156,14 @@ def train(task, model, dataset, cfg, out, compiled=()):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     for module in compiled:
         module.compile(fullgraph=True)  # in place: no "_orig_mod." in any name
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    about = {"seed": cfg.seed, "batch": cfg.batch, "images_in_data": len(dataset)} | asdict(model.config)
+    optimizer = torch.optim.AdamW(trained(model), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    about = {"seed": cfg.seed, "batch": cfg.batch, "images_in_data": len(dataset)} | asdict(model.config) | task.about
     about = json.loads(json.dumps(about))  # tuples become lists, as in the checkpoint
     state, log = out / "state.safetensors", out / "log.jsonl"
     seen = load_state(state, model, ema, optimizer, about) if state.exists() else 0
     history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     history = [entry for entry in history if entry["images"] <= seen]
-    print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, {device.type}, "
+    print(f"{type(model).__name__}: {sum(p.numel() for p in trained(model)):,} trained parameters, {device.type}, "
           f"{'bfloat16' if bf16 else 'float32'}, {len(dataset):,} images, starting at {seen:,} seen", flush=True)
 
     loader = DataLoader(dataset, batch_sampler=batches(len(dataset), cfg.batch, cfg.seed, seen),
@@ -167,7 +179,7 @@ def train(task, model, dataset, cfg, out, compiled=()):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, terms = task.loss(model, batch, generator(device, cfg.seed, seen))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(trained(model), cfg.clip, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += cfg.batch
@@ -185,7 +197,7 @@ def train(task, model, dataset, cfg, out, compiled=()):
                                  f"A lower --lr, a longer --warmup or a smaller --clip may help")
             if seen // cfg.batch % cfg.save_every == 0 or seen >= cfg.images:
                 save_state(state, seen, model, ema, optimizer, about)
-                hub.save_model(ema, out / "weights" / task.name)
+                task.save(ema, out / "weights" / task.name)
                 entry |= task.preview(ema, out / "preview.png")
             history.append(entry)
             with open(f"{log}.tmp", "w") as file:
@@ -225,11 +237,13 @@ def draw_curve(history, path):
 # What is trained
 
 class VAETask:
-    """Rad-VAE on images; previews reconstruct held-out images: original, reconstruction, difference."""
+    """Rad-VAE on images; previews reconstruct held-out images: original, reconstruction, difference. `encoder` (None, or one
+    of raddino.py) measures the reconstructions, and teaches too if its weight is not 0."""
     name = "vae"
 
-    def __init__(self, config, held_out, kl_weight):
-        self.held_out, self.kl_weight = held_out, kl_weight
+    def __init__(self, config, held_out, kl_weight, encoder=None, perceptual_weight=0.0):
+        self.held_out, self.kl_weight, self.encoder, self.perceptual_weight = held_out, kl_weight, encoder, perceptual_weight
+        self.about = {"kl_weight": kl_weight} | ({"perceptual_weight": perceptual_weight} if encoder else {})
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             model = vae.RadVAE(config)
             model.decode(model.encode(held_out[:1].to("meta"))[0])
@@ -240,19 +254,30 @@ class VAETask:
         factor = 2 ** len(model.config.widths)                       # pixels a patchified latent cell
         noise = torch.randn(len(x), 4 * model.config.latent_channels, x.shape[2] // factor, x.shape[3] // factor,
                             generator=rng, device=x.device)
-        return vae.vae_loss(x, *model(x, noise), kl_weight=self.kl_weight)
+        encoder = self.encoder if self.perceptual_weight else None
+        return vae.vae_loss(x, *model(x, noise), kl_weight=self.kl_weight, encoder=encoder, perceptual_weight=self.perceptual_weight)
+
+    def save(self, ema, folder):
+        lora.save(ema, folder) if lora.adapters(ema) else hub.save_model(ema, folder)
 
     @torch.no_grad()
     def preview(self, ema, path):
         x = self.held_out.to(next(ema.parameters()).device)
         y = torch.cat([ema.decode(ema.encode(part)[0]) for part in x.split(16)]).clamp(-1, 1)
         radiograph.save_image(radiograph.grid(torch.cat([x[:8], y[:8], (y - x)[:8]]), columns=8), path)
-        return {"psnr": vae.psnr(x, y).mean().item(), "held_out_ssim": vae.ssim(x, y).mean().item()}
+        measured = {"psnr": vae.psnr(x, y).mean().item(), "held_out_ssim": vae.ssim(x, y).mean().item()}
+        if self.encoder:
+            seen = [torch.cat([self.encoder(perceptual.look(self.encoder, part))[0] for part in z.split(16)]) for z in (x, y)]
+            distance = [perceptual.perceptual_loss(self.encoder, *parts) for parts in zip(x.split(16), y.split(16))]
+            measured |= {"held_out_perceptual": torch.cat(distance).mean().item(),
+                         "held_out_fdd": metrics.frechet(*metrics.moments(seen[0]), *metrics.moments(seen[1]))}
+        return measured
 
 
 class RadiTTask:
     """RadiT on latents or pixels; previews the EMA's pictures for fixed noise and metadata, and its held-out loss."""
-    name = "radit"
+    name, about = "radit", {}
+    save = staticmethod(hub.save_model)
 
     def __init__(self, config, held_out, decoder):
         self.config, self.held_out, self.decoder = config, held_out, decoder
@@ -295,7 +320,7 @@ class Examples(torch.utils.data.Dataset):
         self.age, self.codes = fields.encode_metadata(images.records, datasets)
         self.items = [(i, None) for i in range(len(images))]         # image, row of the cache
         if latents:
-            names = vae.names_of(images)
+            names = names_of(images)
             if missing := [name for name in names if name not in latents.rows]:
                 raise InputError(f"{latents.folder}: no latent for {missing[0]} ({len(missing)} missing); encode again")
             self.items = [(i, row) for i, name in enumerate(names) for row in latents.rows[name]]
@@ -315,10 +340,13 @@ class Examples(torch.utils.data.Dataset):
 
 def train_radit(args, cfg):
     images, held_out = (data.Radiographs(args.data, split) for split in ("train", "valid"))
-    latents = vae.Latents(args.latents) if args.latents else None
-    decoder = hub.load_model(vae.RadVAE, vae.VAEConfig, args.vae).to(pick_device()[0]) if latents else None
-    if latents and hub.fingerprint(args.vae) != latents.vae:
-        raise InputError(f"{args.latents} holds latents of another VAE than {args.vae}; encode again")
+    latents = Latents(args.latents) if args.latents else None
+    decoder = vae.load(args.vae).to(pick_device()[0]) if latents else None
+    if latents:
+        if decoder.fingerprint != latents.vae:
+            raise InputError(f"{args.latents} holds latents of another VAE than {args.vae}; encode again")
+        for radiographs in (images, held_out):
+            latents.check(radiographs)
     datasets = list(fields.DATASETS)
     datasets += sorted({record["dataset"] for record in images.records if "dataset" in record} - set(datasets))
     examples = Examples(images, latents, datasets)
@@ -337,7 +365,7 @@ def train_radit(args, cfg):
     few = [few[i] for i in range(0, len(few), max(1, len(few) // 256))][:256]
     few = [torch.stack(column) for column in zip(*few)]
     if latents:  # so that RUN/weights can be sampled from as it is
-        shutil.copytree(args.vae, args.out / "weights" / "vae", dirs_exist_ok=True)
+        vae.copy(args.vae, args.out / "weights" / "vae")
     train(RadiTTask(config, few, decoder), model, examples, cfg, args.out, compiled=model.blocks if args.compile else ())
 
 
@@ -345,13 +373,21 @@ def train_vae(args, cfg):
     dataset = data.Radiographs(args.data, "train")
     held_out = data.Radiographs(args.data, "valid")
     held_out = torch.stack([held_out[i] for i in range(0, len(held_out), max(1, len(held_out) // 64))][:64])
-    if held_out.shape[-1] % 2 ** len(args.widths):
+    if not args.base and held_out.shape[-1] % 2 ** len(args.widths):
         raise InputError(f"{len(args.widths)} widths need images whose side is a multiple of {2 ** len(args.widths)} pixels, "
                          f"not {held_out.shape[-1]}")
     torch.manual_seed(cfg.seed)
-    config = vae.VAEConfig(1, args.latent_channels, args.widths, args.layers, args.groups)
-    model = vae.RadVAE(config).to(memory_format=torch.channels_last)
-    train(VAETask(config, held_out, args.kl_weight), model, dataset, cfg, args.out)
+    if args.base:  # only adapters are trained; the base lies beside them, as it is
+        model = vae.load(args.base)
+        lora.add(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+        vae.copy(args.base, args.out / "weights" / "vae")
+    else:
+        model = vae.RadVAE(vae.VAEConfig(args.channels, args.latent_channels, args.widths, args.layers, args.groups))
+    encoder = raddino.load_encoder(args.encoder).to(pick_device()[0]) if args.encoder else None
+    task = VAETask(model.config, held_out, args.kl_weight, encoder, args.perceptual_weight)
+    if args.base:
+        task.about |= {"base": model.fingerprint, "lora_rank": args.lora_rank}
+    train(task, model.to(memory_format=torch.channels_last), dataset, cfg, args.out)
 
 
 def numbers(text):
@@ -374,7 +410,13 @@ def main():
     p.add_argument("--layers", type=cli.positive, default=2, help="residual blocks a level")
     p.add_argument("--groups", type=cli.positive, default=32, help="of GroupNorm")
     p.add_argument("--latent-channels", type=cli.positive, default=32)
+    p.add_argument("--channels", type=int, choices=(1, 3), default=1, help="of the VAE's image; grey is repeated to 3")
     p.add_argument("--kl-weight", type=float, default=3e-4)
+    p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
+    p.add_argument("--perceptual-weight", type=float, default=250.0, help="of the encoder's loss; 0 measures only")
+    p.add_argument("--base", type=Path, help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
+    p.add_argument("--lora-rank", type=cli.positive, default=32)
+    p.add_argument("--lora-alpha", type=float, help="the rank, if not given")
     p = commands.choices["radit"]
     p.add_argument("--size", choices=radit.SIZES, default="B")
     space = p.add_mutually_exclusive_group(required=True)

@@ -4,24 +4,22 @@
     patchify  2x2 latent cells become channels: (N 4c h/2 w/2), one transformer token a cell
     normalise each of the 4c channels by stored running statistics, so that the flow sees unit variance
 
-    loss = Charbonnier(x, x̂) + w_ssim (1 - SSIM(x, x̂)) + w_kl KL(q(z|x) || N(0, I))
+    loss = Charbonnier(x, x̂) + w_ssim (1 - SSIM(x, x̂)) + w_kl KL(q(z|x) || N(0, I)) + w_p perceptual(x, x̂)
 
 Source: black-forest-labs FLUX.2 (Apache-2.0 weights), as AutoencoderKLFlux2 in diffusers, whose tensor names are
 kept; grey images need one channel where FLUX.2 has three. KL and SSIM are those of the papers: Kingma and Welling
 2014, Wang et al. 2004 (11x11 Gaussian window, sigma 1.5).
-Conventions: images in [-1, 1]; encode() returns the mean and log-variance of the *normalised, patchified* latent;
-sample with mean + exp(log-variance / 2) * noise, decode() takes the same space. Normalisation lives nowhere else.
+Conventions: images are grey, (N 1 H W) in [-1, 1]; a VAE of three channels sees them three times and gives the mean of
+its three. encode() returns the mean and log-variance of the *normalised, patchified* latent; sample with
+mean + exp(log-variance / 2) * noise, decode() takes the same space. Normalisation lives nowhere else.
 
-    python vae.py encode PREPARED... --vae DIR --out LATENTS
-    python vae.py evaluate PREPARED... --vae DIR
+    python vae.py encode PREPARED... --vae VAE --out LATENTS
+    python vae.py evaluate PREPARED... --vae VAE                     VAE: a folder, or black-forest-labs/FLUX.2-klein-4B
 """
-import json
-import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -30,8 +28,11 @@ from tqdm import tqdm
 
 import cli
 import data
+import flux
 import hub
-import radiograph
+import latents
+import lora
+from perceptual import perceptual_loss
 
 
 @dataclass
@@ -173,6 +174,9 @@ def unpatchify(z):
     return rearrange(z, "n (c p q) h w -> n c (h p) (w q)", p=2, q=2)
 
 
+SLICE = 2 ** 18  # pixels that encode() and decode() work on at a time: one image of 512x512, or 16 of 128x128
+
+
 class RadVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -188,12 +192,14 @@ class RadVAE(nn.Module):
 
     def moments(self, x):                                            # N 1 H W in [-1, 1]
         """Mean and log-variance of the raw latent, patchified: each (N, 4c, h, w)."""
+        x = x.expand(-1, self.config.channels, -1, -1)               # N channels H W: FLUX.2 sees grey as R = G = B
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, 1)  # N c 2h 2w each
         return patchify(mean), patchify(logvar).clamp(-30, 20)
 
     def encode(self, x):
         """Mean and log-variance of the normalised latent: each (N, 4c, h, w)."""
-        mean, logvar = self.moments(x)                               # N 4c h w
+        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images: GroupNorm and attention see all of one
+        mean, logvar = (torch.cat(half) for half in zip(*map(self.moments, slices)))  # N 4c h w each
         variance = (self.bn.running_var + self.bn.eps)[:, None, None]
         return (mean - self.bn.running_mean[:, None, None]) / variance.sqrt(), logvar - variance.log()
 
@@ -201,14 +207,19 @@ class RadVAE(nn.Module):
         """An image in [-1, 1] (not clamped): (N, 1, H, W)."""
         scale = (self.bn.running_var + self.bn.eps).sqrt()[:, None, None]
         z = z * scale + self.bn.running_mean[:, None, None]          # N 4c h w
-        return self.decoder(self.post_quant_conv(unpatchify(z)))     # N 1 H W
+        pixels = z[0, 0].numel() * 4 ** len(self.config.widths)      # of one image
+        return torch.cat([self.reconstruct(part) for part in z.split(max(1, SLICE // pixels))])  # N 1 H W
+
+    def reconstruct(self, z):                                        # N 4c h w, raw
+        x = self.decoder(self.post_quant_conv(unpatchify(z)))        # N channels H W
+        return x.mean(1, keepdim=True)                               # N 1 H W
 
     def forward(self, x, noise):
         """One training pass: reconstruction, mean, log-variance (raw); updates the running statistics."""
         mean, logvar = self.moments(x)                               # N 4c h w
         self.bn(mean.float())
         z = mean + (0.5 * logvar).exp() * noise                      # N 4c h w
-        return self.decoder(self.post_quant_conv(unpatchify(z))), mean, logvar
+        return self.reconstruct(z), mean, logvar
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,98 +246,75 @@ def psnr(x, y, data_range=2.0):
     return 10 * torch.log10(data_range ** 2 / (x - y).square().mean((1, 2, 3)))
 
 
-def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4):
-    """The training loss of a batch and its terms, each a mean over pixels or latent elements; always in float32."""
+def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, encoder=None, perceptual_weight=250.0):
+    """The training loss of a batch and its terms, each a mean over pixels or latent elements; in float32. With an encoder
+    of raddino.py there is a perceptual term as well (perceptual.py)."""
     with torch.autocast(x.device.type, enabled=False):  # SSIM subtracts nearly equal numbers
         x, reconstruction, mean, logvar = x.float(), reconstruction.float(), mean.float(), logvar.float()
         charbonnier = ((x - reconstruction).square() + 1e-6).sqrt().mean()
         structure = 1 - ssim(x, reconstruction).mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = charbonnier + ssim_weight * structure + kl_weight * kl
-    return loss, {"charbonnier": charbonnier, "ssim": structure, "kl": kl}
+    terms = {"charbonnier": charbonnier, "ssim": structure, "kl": kl}
+    if encoder:
+        terms["perceptual"] = perceptual_loss(encoder, x, reconstruction).mean()
+        loss = loss + perceptual_weight * terms["perceptual"]
+    return loss, terms
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Cached latents: LATENTS/00000.safetensors, ... (mean and log-variance, float16) beside latents.json
+# On disk: a folder that train.py wrote, or FLUX.2's autoencoder as it is published; either with adapters beside it
 
-SHARD = 1024  # images
-
-
-def names_of(radiographs):
-    """What identifies each image in a cache: the source's folder and the path in it."""
-    return ["/".join(record["path"].parts[-3:]) for record in radiographs.records]
+FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "ae.safetensors")
 
 
-@torch.no_grad()
-def encode(folders, vae_folder, out, versions=1, batch=16):
-    """Encodes every image of the prepared sources. Finished shards of the same VAE and images are kept.
+def locate(place):
+    """The folder of a VAE and its file of weights. `place` is a folder, a name on the Hub, or the file itself."""
+    place = Path(place)
+    if place.is_file():
+        return place.parent, place
+    for folder in ("", "vae/"):                                      # vae/ is where FLUX.2's repository keeps it
+        if file := hub.find(place, *(folder + name for name in FILES)):
+            return place / folder, file
+    raise cli.InputError(f"{place}: no VAE in it: none of {', '.join(FILES)}, nor in its folder vae")
 
-    With versions > 1 a training image has that many rows: as it is, and jittered, so that a small data set is not
-    learnt by heart. The jitter of a row depends on its number alone.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hub.load_model(RadVAE, VAEConfig, vae_folder).to(device)
-    images = data.Radiographs(folders)
-    names = names_of(images)
-    if len(set(names)) < len(images):
-        raise cli.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
-    rows = [(i, version) for i, record in enumerate(images.records)
-            for version in range(versions if record["split"] == "train" else 1)]
-    about = {"vae": hub.fingerprint(vae_folder), "rows": [names[i] for i, _ in rows]}
-    table = out / "latents.json"
-    if not table.exists() or json.loads(table.read_text()) != about:
-        for shard in out.glob("*.safetensors"):
-            shard.unlink()
-        out.mkdir(parents=True, exist_ok=True)
-        cli.write_json(table, about)
 
-    def picture(row):
-        i, version = rows[row]
-        x = images[i][None]                                          # 1 1 H W
-        return radiograph.jitter(x, torch.Generator().manual_seed(row)) if version else x
+def load(place):
+    """The VAE with its adapters merged, if it has any, in eval mode. Its `fingerprint` names the file of weights: adapters
+    leave the encoder as it is, so latents made with the base stay valid."""
+    folder, file = locate(place)
+    if file.name == "model.safetensors":
+        model = hub.load_model(RadVAE, VAEConfig, folder)
+    else:
+        config = VAEConfig(**flux.read_config(hub.find(folder, "config.json")))
+        model = hub.load_tensors(RadVAE(config), file, lambda tensors: flux.rename(tensors, len(config.widths)))
+    model.fingerprint = hub.fingerprint(file)
+    if hub.find(folder, "lora.json"):
+        lora.load(model, folder)
+        lora.merge(model)
+    return model
 
-    for start in tqdm(range(0, len(rows), SHARD), unit="shard"):
-        path, stop = out / f"{start // SHARD:05}.safetensors", min(start + SHARD, len(rows))
-        if path.exists():
-            continue
-        moments = []
-        for first in range(start, stop, batch):
-            x = torch.cat([picture(row) for row in range(first, min(first + batch, stop))])  # N 1 H W
-            moments.append([half.half().cpu() for half in model.encode(x.to(device))])
-        mean, logvar = (torch.cat(halves) for halves in zip(*moments))
-        safetensors.torch.save_file({"mean": mean, "logvar": logvar}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+
+def copy(place, out):
+    """Copies the files of a VAE as they are, whatever they were called, so that its fingerprint stays."""
+    folder, file = locate(place)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, out / (file.name if file.name in FILES else "ae.safetensors"))
+    for name in ("config.json", "lora.json", "lora.safetensors"):
+        if extra := hub.find(folder, name):
+            shutil.copy(extra, out / name)
 
 
 @torch.no_grad()
-def evaluate(folders, vae_folder, split, batch=16):
+def evaluate(folders, place, split, batch=16):
     """PSNR in dB and SSIM of the reconstruction of every image of a split: two tensors (N,)."""
-    model, images = hub.load_model(RadVAE, VAEConfig, vae_folder), data.Radiographs(folders, split)
+    model, images = load(place), data.Radiographs(folders, split)
     scores = []
     for start in tqdm(range(0, len(images), batch), unit="batch"):
         x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))])  # N 1 H W
         y = model.decode(model.encode(x)[0]).clamp(-1, 1)
         scores.append((psnr(x, y), ssim(x, y)))
     return tuple(torch.cat(column) for column in zip(*scores))
-
-
-class Latents:
-    """Cached latents by row: latents[row] is (mean, log-variance), each (4c, h, w) float32, read from disk when asked."""
-
-    def __init__(self, folder):
-        self.folder, self.shards = Path(folder), {}
-        if not (self.folder / "latents.json").exists():
-            raise cli.InputError(f"{folder}: no latents.json; make it with python vae.py encode")
-        about = json.loads((self.folder / "latents.json").read_text())
-        self.vae, self.rows = about["vae"], {}                       # rows: image -> where its versions are
-        for row, name in enumerate(about["rows"]):
-            self.rows.setdefault(name, []).append(row)
-
-    def __getitem__(self, row):
-        number, row = divmod(row, SHARD)
-        if number not in self.shards:
-            self.shards[number] = safetensors.safe_open(self.folder / f"{number:05}.safetensors", "pt")
-        return tuple(self.shards[number].get_slice(name)[row].float() for name in ("mean", "logvar"))
 
 
 def main():
@@ -336,14 +324,14 @@ def main():
                        ("evaluate", "print the PSNR and SSIM of reconstructed images")):
         p = commands.add_parser(name, help=text)
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
-        p.add_argument("--vae", type=Path, required=True, help="a folder with config.json and model.safetensors")
+        p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
     commands.choices["encode"].add_argument("--out", type=Path, required=True)
     commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
                                             help="rows of a training image: itself and slightly moved copies, for small data sets")
     commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
     args = parser.parse_args()
     if args.command == "encode":
-        return encode(args.data, args.vae, args.out, args.versions)
+        return latents.encode(args.data, load(args.vae), args.out, args.versions)
     decibel, similarity = evaluate(args.data, args.vae, args.split)
     print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
           f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")

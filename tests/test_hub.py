@@ -1,9 +1,17 @@
+import hashlib
+import http.server
 import json
+import threading
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+import cli
+import data
 import hub
+import radiograph
 from cli import InputError
 from vae import RadVAE, VAEConfig
 
@@ -83,3 +91,93 @@ def test_the_fingerprint_follows_the_weights(folder, tmp_path):
     torch.manual_seed(1)
     hub.save_model(RadVAE(SMALL), folder)
     assert hub.fingerprint(folder) != before
+
+
+# --- the Hub: a server on this machine that answers as the real one does --------------------------------------
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """Serves tmp_path/served/ORG/NAME/... as the Hub does, for commands started meanwhile; yields (server, requests)."""
+    commit, requests = "c0ffee" + 34 * "0", []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            organisation, name, _, revision, file = self.path[1:].split("/", 4)
+            requests.append(f"{self.command} {file}")
+            repository = tmp_path / "served" / organisation / name
+            known = repository.is_dir() and revision in ("main", commit)
+            content = (repository / file).read_bytes() if known and (repository / file).is_file() else None
+            self.send_response(404 if content is None else 200)
+            self.send_header("X-Repo-Commit", commit)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            else:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            return content or b""
+
+        def do_GET(self):
+            self.wfile.write(self.do_HEAD())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server, requests
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path, hub_server, command):
+    """A small FLUX.2 in diffusers' layout, in a folder vae/ as in black-forest-labs/FLUX.2-klein-4B."""
+    server, requests = hub_server
+    torch.manual_seed(0)
+    folder = tmp_path / "served/org/flux-small/vae"
+    folder.mkdir(parents=True)
+    model = RadVAE(VAEConfig(channels=3, latent_channels=2, widths=(4, 8), layers=1, groups=2))
+    safetensors.torch.save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "_class_name": "AutoencoderKLFlux2", "in_channels": 3, "latent_channels": 2, "block_out_channels": [4, 8],
+        "layers_per_block": 1, "norm_num_groups": 2}))
+    root = tmp_path / "one"
+    (root / "images").mkdir(parents=True)
+    radiograph.save_image(torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0)), root / "images/0.png")
+    row = data.index_row({"path": "images/0.png", "patient": "p", "split": "test", "dataset": "own"})
+    cli.write_csv(root / "index.csv", data.COLUMNS, [row])
+
+    def evaluate(place):
+        status, output, errors = command("vae.py", "evaluate", root, "--vae", place)
+        return status, output.partition(": ")[2], errors
+
+    status, expected, errors = evaluate(folder.parent)
+    assert status == 0 and "1 images of the split test" in expected, errors
+    status, output, errors = evaluate("org/flux-small")
+    assert (status, output) == (0, expected), errors
+    assert "GET vae/diffusion_pytorch_model.safetensors" in requests and "GET vae/config.json" in requests
+    status, _, errors = evaluate("org/nothing")
+    assert status == 2 and len(errors.splitlines()) == 1 and "org/nothing: no such folder here" in errors
+    server.shutdown()
+    server.server_close()
+    assert evaluate("org/flux-small")[:2] == (0, expected)           # without a network
+    status, _, errors = evaluate("org/other")
+    assert status == 2 and len(errors.splitlines()) == 1 and "org/other: no such folder here, and not to be had" in errors
+
+
+def test_a_misspelt_path_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/vae").mkdir(parents=True)
+    (tmp_path / "runs/vae/b").write_text("b")
+    asked = []
+    monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args: asked.append(args))
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args: "/".join(args))
+    assert hub.find("runs/vae", "a", "b") == Path("runs/vae/b")
+    for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae"):
+        assert hub.find(place, "a") is None and not asked
+    assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a")]

@@ -129,7 +129,7 @@ def test_loading_is_strict(tmp_path, damage, message):
 
 
 def test_what_is_no_encoder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no config.json"):
+    with pytest.raises(InputError, match="an encoder is a folder with config.json"):
         raddino.load_encoder(tmp_path)
     write(tmp_path, peer())
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')

@@ -15,7 +15,6 @@ import radit
 import sample
 import vae
 from conftest import ROOT
-from cli import InputError
 
 DEMO = ROOT / "weights/demo"
 

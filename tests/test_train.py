@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 import data
 import fields
 import hub
+import perceptual
+import raddino
 import radit
 import sample
 import train
+import vae
 from conftest import ROOT
 from cli import InputError
 
@@ -60,10 +63,10 @@ def radit_command(phantoms, out, images, *more):
             "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images), "--out", str(out), "--no-compile", *more]
 
 
-def vae_command(phantoms, out, images):
+def vae_command(phantoms, out, images, *more):
     return [sys.executable, str(ROOT / "train.py"), "vae", "--data", str(phantoms), "--widths", "8,16", "--layers", "1", "--groups",
             "4", "--latent-channels", "2", "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images),
-            "--out", str(out)]
+            "--out", str(out), *more]
 
 
 @pytest.mark.parametrize("name, make", [("radit", radit_command), ("vae", vae_command)])
@@ -106,7 +109,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(phantoms, tmp_path, c
 
 class Fragile:
     """A task whose loss turns to NaN after `good` steps."""
-    name, flops = "fragile", 1
+    name, flops, about, save = "fragile", 1, {}, staticmethod(hub.save_model)
 
     def __init__(self, good):
         self.left = good
@@ -158,6 +161,45 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
     train.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     rates = [a - b for a, b in zip(moved, moved[1:])]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
+
+
+def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path):
+    encoder = ["--encoder", str(ROOT / "weights/demo/classifier")]
+    for name, more in (("without", []), ("measured", [*encoder, "--perceptual-weight", "0"]), ("taught", encoder)):
+        subprocess.run(vae_command(phantoms, tmp_path / name, 16, *more), check=True, capture_output=True)
+    without, measured, taught = (log_of(tmp_path / name) for name in ("without", "measured", "taught"))
+    assert [line["loss"] for line in measured] == [line["loss"] for line in without] and "held_out_fdd" not in without[-1]
+    assert taught[0]["loss"] == pytest.approx(
+        taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"] + 250 * taught[0]["perceptual"], rel=1e-4)
+    # What the log says of the held-out reconstructions, computed again from the saved weights.
+    model, judge = vae.load(tmp_path / "taught/weights/vae"), raddino.load_encoder(ROOT / "weights/demo/classifier")
+    x = torch.stack(list(data.Radiographs([phantoms], "valid")))[:64]
+    y = model.decode(model.encode(x)[0]).clamp(-1, 1)
+    assert taught[-1]["psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.1)       # the weights are stored in bfloat16
+    assert taught[-1]["held_out_perceptual"] == pytest.approx(perceptual.perceptual_loss(judge, x, y).mean().item(), rel=0.05)
+    assert taught[-1]["held_out_fdd"] > 0
+
+
+def test_a_lora_is_trained_on_a_base(phantoms, tmp_path):
+    """The base stays as it is, byte for byte; its latents stay valid; the adapted decoder reconstructs better."""
+    base, run = tmp_path / "base/weights/vae", tmp_path / "run"
+    subprocess.run(vae_command(phantoms, tmp_path / "base", 400), check=True, capture_output=True)
+    lora_command = [sys.executable, str(ROOT / "train.py"), "vae", "--data", str(phantoms), "--base", str(base), "--lora-rank", "4", "--batch",
+                    "8", "--log-every", "8", "--save-every", "8", "--images", "640", "--warmup", "64", "--out", str(run)]
+    output = subprocess.run(lora_command, check=True, capture_output=True, text=True).stdout
+    adapted = run / "weights/vae"
+    assert (adapted / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    tensors = load_file(adapted / "lora.safetensors")
+    assert f"{sum(t.numel() for t in tensors.values()):,} trained parameters" in output
+    before, after = vae.load(base), vae.load(adapted)
+    assert after.fingerprint == before.fingerprint
+    for a, b in zip([*before.encoder.parameters(), *before.bn.buffers()], [*after.encoder.parameters(), *after.bn.buffers()]):
+        assert torch.equal(a, b)
+    x = torch.stack(list(data.Radiographs([phantoms], "valid")))
+    better = [vae.psnr(x, model.decode(model.encode(x)[0])).mean() for model in (before, after)]
+    assert better[1] > better[0] + 0.2
+    done = subprocess.run([*lora_command, "--lora-rank", "8"], capture_output=True, text=True)
+    assert done.returncode == 2 and "this run was started with lora_rank = 4, not 8" in done.stderr
 
 
 def test_loss_by_t_adds_up(phantoms):

@@ -2,11 +2,15 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
+from torch import nn
 
 import cli
 import data
 import hub
+import latents
 import radiograph
 import vae
 from vae import RadVAE, VAEConfig
@@ -31,25 +35,160 @@ def test_flux2_parameter_count():
     assert sum(count.values()) == 84_046_115 and len(model.state_dict()) == 251
 
 
-def test_equals_diffusers_flux2():
-    """The same random weights, under the same names, in diffusers' class: encode, patchify, decode."""
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory):
+    """diffusers' class at FLUX.2's size with random weights and statistics, and the folder that it wrote."""
     diffusers = pytest.importorskip("diffusers")
-    config = VAEConfig(channels=3, latent_channels=4, widths=(8, 16, 16, 16), layers=2, groups=4)
-    ours = randomised(config)
-    peer = diffusers.AutoencoderKLFlux2(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=config.widths, layers_per_block=2,
-        norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).eval()
-    peer.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, 64, 48)
-    with torch.no_grad():
-        mean, logvar = ours.encode(x)
-        posterior = peer.encode(x).latent_dist
-        raw = mean * (ours.bn.running_var + 1e-4).sqrt()[:, None, None] + ours.bn.running_mean[:, None, None]
-        assert mean.shape == (2, 16, 4, 3)
-        assert torch.allclose(vae.unpatchify(raw), posterior.mean, atol=1e-5)
-        raw_logvar = logvar + (ours.bn.running_var + 1e-4).log()[:, None, None]
-        assert torch.allclose(vae.unpatchify(raw_logvar), posterior.logvar, atol=1e-5)
-        assert torch.allclose(ours.decode(mean), peer.decode(posterior.mean).sample, atol=1e-5)
+    torch.manual_seed(0)
+    peer = diffusers.AutoencoderKLFlux2().eval().requires_grad_(False)
+    peer.bn.running_mean.normal_()
+    peer.bn.running_var.uniform_(0.5, 2)
+    folder = tmp_path_factory.mktemp("flux2")
+    peer.save_pretrained(folder / "vae")
+    return peer, folder
+
+
+@torch.no_grad()
+def test_equals_diffusers_flux2(flux2):
+    """The same weights through encode, patchify, normalise and back, and grey images as three equal channels."""
+    peer, folder = flux2
+    ours = vae.load(folder)
+    tensors = safetensors.torch.load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    assert len(tensors) == 251 and sum(p.numel() for p in ours.parameters()) == 84_046_115
+    x = torch.rand(2, 1, 64, 48) * 2 - 1
+    posterior = peer.encode(x.repeat(1, 3, 1, 1)).latent_dist
+    patchify = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2").Flux2Pipeline._patchify_latents
+    peer.bn.eval()
+    expected = peer.bn(patchify(posterior.mean))
+    mean, logvar = ours.encode(x)
+    assert mean.shape == (2, 128, 4, 3)
+    assert torch.allclose(mean, expected, atol=1e-5)
+    assert torch.equal(mean, ours.encode(x.repeat(1, 3, 1, 1))[0])
+    variance = (peer.bn.running_var + 1e-4)[:, None, None]
+    assert torch.allclose(logvar, patchify(posterior.logvar) - variance.log(), atol=1e-5)
+    assert torch.allclose(mean * variance.sqrt() + peer.bn.running_mean[:, None, None], patchify(posterior.mean), atol=1e-5)
+    image = peer.decode(posterior.mean).sample
+    assert image.std(1).mean() > 1e-3                                # else its mean would say little
+    assert ours.decode(mean).shape == x.shape
+    assert torch.allclose(ours.decode(mean), image.mean(1, keepdim=True), atol=1e-5)
+
+
+def flux2_skeleton(channels, c, widths, layers, groups):
+    """The modules of src/flux2/autoencoder.py under their names there, `up` built from the coarsest level and stored from
+    the finest; random weights, no forward."""
+    def conv(a, b, k=3):
+        return nn.Conv2d(a, b, k)
+
+    def norm(a):
+        return nn.GroupNorm(groups, a)
+
+    def block(a, b):
+        parts = {"norm1": norm(a), "conv1": conv(a, b), "norm2": norm(b), "conv2": conv(b, b)}
+        return nn.ModuleDict(parts | ({"nin_shortcut": conv(a, b, 1)} if a != b else {}))
+
+    def middle(a):
+        attention = nn.ModuleDict({"norm": norm(a)} | {name: conv(a, a, 1) for name in ("q", "k", "v", "proj_out")})
+        return nn.ModuleDict({"block_1": block(a, a), "attn_1": attention, "block_2": block(a, a)})
+
+    def level(a, b, count, name, more):
+        parts = {"block": nn.ModuleList([block(a if i == 0 else b, b) for i in range(count)]), "attn": nn.ModuleList()}
+        return nn.ModuleDict(parts | ({name: nn.ModuleDict({"conv": conv(b, b)})} if more else {}))
+
+    last = len(widths) - 1
+    down = [level(widths[max(i - 1, 0)], widths[i], layers, "downsample", i < last) for i in range(last + 1)]
+    up = [level(widths[min(i + 1, last)], widths[i], layers + 1, "upsample", i > 0) for i in range(last + 1)]
+    fine, coarse = widths[0], widths[-1]
+    encoder = {"quant_conv": conv(2 * c, 2 * c, 1), "conv_in": conv(channels, fine), "down": nn.ModuleList(down),
+               "mid": middle(coarse), "norm_out": norm(coarse), "conv_out": conv(coarse, 2 * c)}
+    decoder = {"post_quant_conv": conv(c, c, 1), "conv_in": conv(c, coarse), "mid": middle(coarse),
+               "up": nn.ModuleList(up), "norm_out": norm(fine), "conv_out": conv(fine, channels)}
+    return nn.ModuleDict({"encoder": nn.ModuleDict(encoder), "decoder": nn.ModuleDict(decoder),
+                          "bn": nn.BatchNorm2d(4 * c, affine=False)})
+
+
+def test_black_forest_labs_names_by_diffusers_own_converter(tmp_path):
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    torch.manual_seed(0)
+    theirs = flux2_skeleton(3, 32, (128, 256, 512, 512), 2, 32).state_dict()
+    assert "decoder.up.3.block.0.norm1.weight" in theirs and "encoder.down.1.block.0.nin_shortcut.weight" in theirs
+    theirs = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
+    safetensors.torch.save_file(theirs, tmp_path / "ae.safetensors")
+    # The converter is the one of Stable Diffusion's autoencoder, which keeps the two convolutions outside and has no bn.
+    outside = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): theirs[name] for name in theirs}
+    config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
+    expected = utils.convert_ldm_vae_checkpoint(outside, config) | {k: v for k, v in theirs.items() if k.startswith("bn.")}
+    loaded = vae.load(tmp_path / "ae.safetensors").state_dict()      # no config: FLUX.2's size
+    assert len(theirs) == 251 and loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+FLUX_CONFIG = {"_class_name": "AutoencoderKLFlux2", "in_channels": 3, "latent_channels": 4,
+               "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "act_fn": "silu",
+               "patch_size": [2, 2], "batch_norm_eps": 1e-4, "sample_size": 1024}
+
+
+@pytest.fixture
+def small_flux2(tmp_path):
+    """A small ae.safetensors with its config beside it, and its tensors."""
+    torch.manual_seed(0)
+    tensors = flux2_skeleton(3, 4, (8, 16), 1, 4).state_dict()
+    safetensors.torch.save_file(tensors, tmp_path / "ae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(FLUX_CONFIG))
+    return tmp_path, tensors
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("decoder.up.1.upsample.conv.bias"), "Missing.*decoder.up_blocks.0.upsamplers.0.conv.bias"),
+    (lambda t: t.update({"decoder.extra": torch.zeros(1)}), "Unexpected.*decoder.extra"),
+    (lambda t: t.update({"encoder.conv_in.bias": torch.zeros(9)}), "encoder.conv_in.bias.*9"),
+    (lambda t: t.update({"quant_conv.bias": torch.zeros(8)}), "two tensors for quant_conv.bias")])
+def test_a_missing_extra_or_misshapen_tensor_is_named(small_flux2, change, message):
+    folder, tensors = small_flux2
+    assert vae.load(folder).config == VAEConfig(3, 4, (8, 16), 1, 4)  # as it is, it loads
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "ae.safetensors")
+    with pytest.raises(cli.InputError, match=message):
+        vae.load(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    (json.dumps(FLUX_CONFIG | {"_class_name": "AutoencoderKL"}), "_class_name is 'AutoencoderKL'"),
+    (json.dumps(FLUX_CONFIG | {"patch_size": [1, 1]}), r"patch_size is \[1, 1\], not \[2, 2\]"),
+    (json.dumps({k: v for k, v in FLUX_CONFIG.items() if k != "latent_channels"}), "latent_channels"),
+    ("{half", "config.json"), ("[]", "config.json")])
+def test_another_config_is_refused(small_flux2, text, message):
+    folder, _ = small_flux2
+    (folder / "config.json").write_text(text)
+    with pytest.raises(cli.InputError, match=message):
+        vae.load(folder)
+
+
+def test_a_copy_keeps_the_fingerprint_whatever_the_file_was_called(small_flux2, tmp_path):
+    folder, _ = small_flux2
+    (folder / "ae.safetensors").rename(folder / "flux2-vae.sft")
+    for place in (folder, "nowhere"):
+        with pytest.raises(cli.InputError, match="no VAE in it"):
+            vae.load(place)
+    vae.copy(folder / "flux2-vae.sft", tmp_path / "copy")
+    original, again = vae.load(folder / "flux2-vae.sft"), vae.load(tmp_path / "copy")
+    assert again.fingerprint == original.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(original.state_dict().values(), again.state_dict().values()))
+
+
+@torch.no_grad()
+def test_slices_equal_the_whole(monkeypatch):
+    model = randomised(SMALL)
+    x, z = torch.randn(5, 1, 64, 32), torch.randn(5, 16, 4, 2)
+    whole = *model.encode(x), model.decode(z)
+    sizes = []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(vae, "SLICE", 2 * 64 * 32)                   # two images at a time
+    for a, b in zip(whole, (*model.encode(x), model.decode(z))):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+    monkeypatch.setattr(vae, "SLICE", 1)                             # an image is never cut
+    assert torch.allclose(model.decode(z), whole[2], atol=1e-5)
 
 
 def test_patchify_order_by_hand():
@@ -131,33 +270,80 @@ def prepared(tmp_path):
 def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkeypatch):
     model = randomised(SMALL)
     hub.save_model(model, tmp_path / "vae")
-    monkeypatch.setattr(vae, "SHARD", 2)
-    vae.encode([prepared], tmp_path / "vae", tmp_path / "latents", batch=3)
+    monkeypatch.setattr(latents, "SHARD", 2)
+    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents", batch=3)
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
-    cached, images = vae.Latents(tmp_path / "latents"), data.Radiographs([prepared])
+    cached, images = latents.Latents(tmp_path / "latents"), data.Radiographs([prepared])
     stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
     for i in range(5):
         mean, logvar = stored.encode(images[i][None])
         assert torch.allclose(cached[i][0], mean[0], atol=5e-3) and torch.allclose(cached[i][1], logvar[0], atol=2e-2)
     assert cached.rows["five/images/3.png"] == [3] and cached.vae == hub.fingerprint(tmp_path / "vae")
-    # Finished shards are kept by the same VAE and replaced for another.
-    shard = tmp_path / "latents/00000.safetensors"
-    before = shard.stat().st_mtime_ns
-    vae.encode([prepared], tmp_path / "vae", tmp_path / "latents")
-    assert shard.stat().st_mtime_ns == before
+    # Finished shards are kept; latents of another VAE are refused, by both commands.
+    (tmp_path / "latents/00001.safetensors").unlink()
+    before = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "latents").glob("*.safetensors"))]
+    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents")
+    after = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "latents").glob("*.safetensors"))]
+    assert len(after) == 3 and [after[0], after[2]] == before
     hub.save_model(randomised(SMALL, seed=1), tmp_path / "vae")
     status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", tmp_path / "latents",
                                 "--vae", tmp_path / "vae", "--size", "XS", "--out", tmp_path / "run")
     assert status == 2 and "another VAE" in errors and not (tmp_path / "run").exists()
-    vae.encode([prepared], tmp_path / "vae", tmp_path / "latents")
-    assert json.loads((tmp_path / "latents/latents.json").read_text())["vae"] == hub.fingerprint(tmp_path / "vae")
-    assert shard.stat().st_mtime_ns != before
+    with pytest.raises(cli.InputError, match="latents of another VAE"):
+        latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents")
+    assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
+
+
+def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepared, command):
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    model = vae.load(tmp_path / "vae")
+    latents.encode([prepared], model, tmp_path / "latents")
+    index, image = prepared / "index.csv", prepared / "images/2.png"
+    text, content = index.read_text(), image.read_bytes()
+
+    def refused(what):
+        with pytest.raises(cli.InputError, match="latents of other images"):
+            latents.encode([prepared], model, tmp_path / "latents")
+        with pytest.raises(cli.InputError, match=what):
+            latents.Latents(tmp_path / "latents").check(data.Radiographs([prepared], "train"))
+
+    radiograph.save_image(-radiograph.load_image(image), image)
+    refused("images of five, train are not those that were encoded")
+    latents.Latents(tmp_path / "latents").check(data.Radiographs([prepared], "valid"))  # which did not change
+    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", tmp_path / "latents",
+                                "--vae", tmp_path / "vae", "--size", "XS", "--out", tmp_path / "run")
+    assert status == 2 and "images of five, train" in errors.splitlines()[-1] and not (tmp_path / "run").exists()
+    image.write_bytes(content)
+    index.write_text("\n".join(line for line in text.splitlines() if "images/2.png" not in line))
+    refused("images of five, train")
+    index.write_text(text.replace(",,Unknown,", ",,Female,"))
+    assert index.read_text() != text
+    latents.encode([prepared], model, tmp_path / "latents")
+    latents.Latents(tmp_path / "latents").check(data.Radiographs([prepared], "train"))
+    with pytest.raises(cli.InputError, match="other --versions"):
+        latents.encode([prepared], model, tmp_path / "latents", versions=2)
+    with pytest.raises(cli.InputError, match="files that are not these latents"):
+        latents.encode([prepared], model, tmp_path / "vae")
+    (tmp_path / "latents/latents.json").write_text(json.dumps({"vae": model.fingerprint, "rows": []}))
+    with pytest.raises(cli.InputError, match="another version of vae.py"):
+        latents.Latents(tmp_path / "latents")
+
+
+def test_the_stamp_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
+    pixels = np.zeros((64, 64), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", compress_level=0)
+    pixels[3, 5] = 1
+    Image.fromarray(pixels).save(tmp_path / "b.png", compress_level=0)
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.png", "b.png")]
+    assert sizes[0] == sizes[1] and latents.stamp(tmp_path / "a.png") != latents.stamp(tmp_path / "b.png")
+    (tmp_path / "empty.png").touch()
+    assert latents.stamp(tmp_path / "empty.png") == b"0 "
 
 
 def test_versions_of_training_images_are_jittered(tmp_path, prepared):
     hub.save_model(randomised(SMALL), tmp_path / "vae")
-    vae.encode([prepared], tmp_path / "vae", tmp_path / "latents", versions=3)
-    cached, images = vae.Latents(tmp_path / "latents"), data.Radiographs([prepared])
+    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents", versions=3)
+    cached, images = latents.Latents(tmp_path / "latents"), data.Radiographs([prepared])
     assert cached.rows["five/images/1.png"] == [3, 4, 5] and cached.rows["five/images/4.png"] == [12]  # 4 is held out
     stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
     assert torch.allclose(cached[3][0], stored.encode(images[1][None])[0][0], atol=5e-3)
