@@ -22,8 +22,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
+import scipy.linalg
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -49,12 +49,17 @@ def moments(features):
 
 
 def frechet(mean, cov, mean2, cov2):
-    """The Fréchet distance of two Gaussians. tr (S S')^1/2 is the sum of the roots of the eigenvalues of A^T S' A, where
-    S = A A^T: a symmetric matrix, so no matrix square root and nothing complex."""
-    values, vectors = torch.linalg.eigh(cov)
-    a = vectors * values.clamp(min=0).sqrt()                         # D D
-    overlap = torch.linalg.eigvalsh(a.T @ cov2 @ a).clamp(min=0).sqrt().sum()
-    return ((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * overlap).item()
+    """The Fréchet distance of two Gaussians. tr (S S')^1/2 is the sum of the roots of the eigenvalues of S' S, which are
+    those of A^T S' A, where S = A A^T: a symmetric product, so no matrix square root and nothing complex. LAPACK finds them
+    by Cholesky's factor A; where S is singular, A comes from its eigenvalues."""
+    s, s2 = cov.cpu().numpy(), cov2.cpu().numpy()
+    try:
+        overlap = scipy.linalg.eigh(s2, s, type=2, eigvals_only=True, driver="gv")           # D
+    except np.linalg.LinAlgError:  # fewer images than features
+        values, vectors = np.linalg.eigh(s)
+        a = vectors * np.sqrt(values.clip(0))                        # D D
+        overlap = np.linalg.eigvalsh(a.T @ s2 @ a)                   # D
+    return ((mean - mean2).square().sum() + cov.trace() + cov2.trace()).item() - 2 * np.sqrt(overlap.clip(0)).sum().item()
 
 
 def frechet_distance(x, y, parts=10, seed=0):
@@ -165,8 +170,6 @@ def listed(where, split=None):
         records = [{"path": path} for path in sorted(where.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
     else:
         raise InputError(f"{where}: no such folder")
-    if len(records) < 2:
-        raise InputError(f"{where}: {len(records)} images{f' in the split {split}' if split else ''}; at least two are needed")
     return records
 
 
@@ -201,7 +204,7 @@ def features_of(records, encoder, cache, chexgenbench=False, batch=16):
     features = torch.stack([known[name] for name in names])          # N D
     if not features.isfinite().all():
         raise InputError(f"{records[(~features.isfinite().all(1)).nonzero()[0, 0]]['path']}: its features are not finite")
-    if (features == features[0]).all():
+    if len(features) > 1 and (features == features[0]).all():
         raise InputError(f"{cache.parent}: all {len(features)} images have the same features; are they all the same image?")
     return features
 
@@ -274,8 +277,12 @@ def main():
             found = listed(folder, split)
             found = deduplicated(found) if bench else found
             root = folder if folder.is_dir() else folder.parent
-            features.append(features_of(found, encoder, root / f"features-{name}{'-chexgenbench' * bench}.safetensors", bench))
+            if found:
+                features.append(features_of(found, encoder, root / f"features-{name}{'-chexgenbench' * bench}.safetensors", bench))
             records += found
+        if len(records) < 2:
+            raise InputError(f"{', '.join(map(str, folders))}: {len(records)} images{f' in the split {split}' if split else ''}; "
+                             "at least two are needed")
         return records, torch.cat(features)
 
     (real, x), (fake, y) = side(args.real, args.split), side([args.synthetic], None)

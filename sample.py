@@ -2,6 +2,7 @@
 
     python sample.py                                              16 pictures from the embedded weights
     python sample.py --view PA --sex female --age 60 --set pneumonia=positive --n 4 --out out/women
+    python sample.py --causal --do cardiomegaly=positive          whole patients of the causal model, one field set
 
 Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
 that are not given are unknown to the model; with none given at all, each image asks for the metadata of an example
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import causal
 import cli
 import data
 import fields
@@ -51,6 +53,26 @@ def uncovered(field, value, covered):
         return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
     if value not in covered[field]:
         return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
+
+
+def check_covered(record, covered):
+    """Refuses a field or value that the training data never held."""
+    for item in record.items():
+        if reason := uncovered(*item, covered):
+            raise InputError(reason)
+
+
+def only_covered(records, covered):
+    """The records without what the training data never held, which the model can only be asked for as unknown."""
+    return [{field: value for field, value in record.items() if not uncovered(field, value, covered)} for record in records]
+
+
+def patients(folder, do, n, seed, covered):
+    """n records from a causal model under the interventions `do` ("FIELD=VALUE", ...)."""
+    model = causal.load(folder)
+    do = causal.parse_do(do, model)
+    check_covered(do, covered)
+    return causal.sample(model, n, do, seed)
 
 
 @torch.no_grad()
@@ -115,6 +137,9 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
     parser.add_argument("--like", nargs="+", type=Path, help="ask for the metadata of rows of these prepared sources")
     parser.add_argument("--split", nargs="+", choices=data.SPLITS, help="of --like")
+    parser.add_argument("--causal", type=Path, nargs="?", const=DEMO / "causal", metavar="MODEL",
+                        help="draw whole patients from a causal model; without MODEL from the embedded one")
+    parser.add_argument("--do", action="append", default=[], metavar="FIELD=VALUE", help="with --causal: intervene")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
 
@@ -127,19 +152,23 @@ def main():
         asked |= [item.split("=", 1)]
     asked = {field: fields.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
     asked = {field: value for field, value in asked.items() if value is not None}
-    for item in asked.items():
-        if reason := uncovered(*item, cfg.covered):
-            raise InputError(reason)
+    check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
     seeds = list(range(args.seed, args.seed + args.n))
     records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
-    if args.like:
-        records = [record | asked for record in records_like(args.like, args.split, args.n, args.seed)]
-        kept = [{f: v for f, v in record.items() if not uncovered(f, v, cfg.covered)} for record in records]
-        left_out = sum(map(len, records)) - sum(map(len, kept))
-        print(f"{left_out} of {sum(map(len, records))} values of --like were not covered in training and stay unknown")
-        records = kept
+    if args.do and not args.causal:
+        raise InputError("--do intervenes on a causal model: give --causal too, or --set for a mere wish")
+    if args.causal and (asked or args.like):
+        raise InputError("--causal draws every field itself; set one by --do, without --like")
+    if args.causal or args.like:
+        if args.causal:
+            records = patients(args.causal, args.do, args.n, args.seed, cfg.covered)
+        else:
+            records = [record | asked for record in records_like(args.like, args.split, args.n, args.seed)]
+        wanted, records = records, only_covered(records, cfg.covered)
+        print(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
+              f"training of these weights and stay unknown")
     args.out.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

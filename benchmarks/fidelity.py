@@ -65,7 +65,8 @@ def main():
     first = set(np.random.default_rng(args.seed).permutation(patients)[:len(patients) // 2])
     a, b = ([i for i, record in enumerate(records) if (record["patient"] in first) == side] for side in (True, False))
 
-    asked = [{f: v for f, v in records[i].items() if f in fields.FIELDS and not sample.uncovered(f, v, model.config.covered)} for i in b]
+    known = [{field: value for field, value in records[i].items() if field in fields.FIELDS} for i in b]
+    asked = sample.only_covered(known, model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
     with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
         drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)

@@ -225,3 +225,10 @@ def test_features_that_are_not_finite_are_refused(tmp_path, encoder):
     model.norm.weight[3] = torch.nan
     with pytest.raises(InputError, match="000.png: its features are not finite"):
         metrics.features_of(metrics.listed(folder), model, tmp_path / "cache.safetensors")
+
+
+def test_fewer_images_than_features_are_measured_with_a_warning(tmp_path, command, encoder):
+    real, fake = pictures(tmp_path / "real", 12, 0), pictures(tmp_path / "fake", 12, 1)
+    status, output, errors = command("metrics.py", real, fake, "--encoder", encoder)
+    assert status == 0, errors
+    assert "WARNING: fewer images than the 16 features" in output.splitlines()[0] and "±" in output.splitlines()[2]

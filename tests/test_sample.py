@@ -81,7 +81,7 @@ def test_like_asks_for_rows_of_an_index_and_writes_a_prepared_source(weights, tm
     status, output, errors = command("sample.py", "--weights", weights, "--like", tmp_path, "--split", "test", "--n", 6, "--steps", 1,
                                      "--view", "PA", "--out", tmp_path / "out")
     assert status == 0, errors
-    assert "6 of 24 values of --like were not covered" in output
+    assert "6 of 24 values were not covered" in output
     found = data.read_index(tmp_path / "out")
     assert sorted(r["age"] for r in found[:3]) == sorted(r["age"] for r in found[3:]) == [31, 32, 33]
     assert all(r["view"] == "PA" and r["sex"] == "male" and "race" not in r for r in found)
