@@ -473,7 +473,7 @@ def test_sample_draws_whole_patients(tmp_path, command):
     assert status == 0, errors
     rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
     assert [row["cardiomegaly"] for row in rows] == ["positive"] * 2 and all(row["age"] and row["sex"] for row in rows)
-    for arguments, message in ((["--do", "age=50"], "give --causal too"), (["--causal", "--sex", "F"], "set sex by --do"),
+    for arguments, message in ((["--do", "age=50"], "give --causal too"), (["--causal", "--sex", "F"], "set one by --do"),
                                (["--causal", "--do", "race=white"], "race is no variable of this model")):
         status, _, errors = command("sample.py", *arguments, "--n", 1, "--steps", 1, "--out", tmp_path / "no")
         assert status == 2 and message in errors and not (tmp_path / "no").exists()
