@@ -3,12 +3,13 @@
     LATENTS/ 00000.safetensors ...   mean and log-variance, float16, of 1024 rows a file; noise is added at use
              latents.json            the VAE's fingerprint, the images' fingerprints, and which image each row is
 
-Made by `python vae.py encode`; the same command again continues. A cache belongs to one VAE and to the images as they
+Made by `python vae.py encode`, or `torchrun --nproc_per_node=8 vae.py encode`; the same command again continues. A cache belongs to one VAE and to the images as they
 were: continuing or training with others is refused. Labels may change, no latent depends on them.
 """
 import hashlib
 import json
 import os
+import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -54,9 +55,11 @@ def encode(folders, model, out, versions=1, batch=16):
     """Encodes every image of the prepared sources; finished shards are kept.
 
     With versions > 1 a training image has that many rows: as it is, and jittered, so that a small data set is not
-    learnt by heart. The jitter of a row depends on its number alone.
+    learnt by heart. The jitter of a row depends on its number alone. Under torchrun every process takes its share of the
+    shards, on a GPU of its own; nothing has to be said between them.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model.to(device)
     images = data.Radiographs(folders)
     names = names_of(images)
@@ -66,6 +69,8 @@ def encode(folders, model, out, versions=1, batch=16):
             for version in range(versions if record["split"] == "train" else 1)]
     about = {"vae": model.fingerprint, "images": fingerprints(images), "rows": [names[i] for i, _ in rows]}
     table = out / "latents.json"
+    while rank and not table.exists():  # the first process checks the folder before anybody writes there
+        time.sleep(0.1)
     if not table.exists() and any(out.glob("*.safetensors")):
         raise cli.InputError(f"{out} holds files that are not these latents; name another --out")
     before = json.loads(table.read_text()) if table.exists() else about
@@ -73,15 +78,16 @@ def encode(folders, model, out, versions=1, batch=16):
                       ("rows", "other --versions of these images")):
         if before.get(key) != about[key]:
             raise cli.InputError(f"{out} holds latents of {what}; delete it, or name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    cli.write_json(table, about)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        cli.write_json(table, about)
 
     def picture(row):
         i, version = rows[row]
         x = images[i][None]                                          # 1 1 H W
         return radiograph.jitter(x, torch.Generator().manual_seed(row)) if version else x
 
-    for start in tqdm(range(0, len(rows), SHARD), unit="shard"):
+    for start in tqdm(range(rank * SHARD, len(rows), world * SHARD), unit="shard", disable=rank > 0):
         path, stop = out / f"{start // SHARD:05}.safetensors", min(start + SHARD, len(rows))
         if path.exists():
             continue

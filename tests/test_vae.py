@@ -1,9 +1,13 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 
@@ -292,6 +296,21 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     with pytest.raises(cli.InputError, match="latents of another VAE"):
         latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents")
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
+
+
+def test_two_processes_share_the_shards(tmp_path, prepared, monkeypatch):
+    """As torchrun starts them: together they write what one process writes, each its own shards."""
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    monkeypatch.setattr(latents, "SHARD", 2)
+    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "one")
+    code = (f"import latents, vae, pathlib; latents.SHARD = 2; "
+            f"latents.encode([{str(prepared)!r}], vae.load({str(tmp_path / 'vae')!r}), pathlib.Path({str(tmp_path / 'two')!r}))")
+    second, first = (subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
+                     for rank in "10")
+    assert first.wait() == second.wait() == 0
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 4
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
 def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepared, command):
