@@ -243,6 +243,10 @@ def measure(dataset, predicted, config, rows=None, repeats=1000):
 
 
 def print_table(results, title=""):
+    """Rows of `measure`; what cannot be measured, for no image or one class only is known, is left out."""
+    results = [r for r in results if r["n"] and math.isfinite(r.get("auroc", 0))]
+    if not results:
+        raise InputError(f"{title}: no image with a field that this model predicts, or none of both classes")
     print(f"{title:30}{'value':14}{'n':>7}{'positive':>10}{'AUROC':>8}{'95 % interval':>18}{'ECE':>8}   accuracy or mean error")
     for r in results:
         span = f"{r['interval'][0]:.3f} to {r['interval'][1]:.3f}" if "interval" in r else ""

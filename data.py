@@ -142,6 +142,10 @@ def read_labels(path):
     missing = {"name", *LABELS} - set(rows[0] if rows else ())
     if missing:
         raise InputError(f"{path}: no column {', '.join(sorted(missing))}; needed are name and the 14 labels")
+    for number, row in enumerate(rows, start=2):
+        for label in LABELS:
+            if row[label].strip().removesuffix(".0") not in ("1", "0", "-1", ""):
+                raise InputError(f"{path}, line {number}: {label} is {row[label]!r}; accepted: 1 positive, 0 negative, -1 or blank unknown")
     return {row["name"]: spelled(sources.chexpert_labels(row)) for row in rows}
 
 
@@ -176,7 +180,7 @@ def records_of(source, root, out, labels=None, metadata_only=False):
                 claimed.append(hash(str(file)))
                 kinds.add(file.suffix)
             yield file, {"split": stable_split(record["patient"], **share)} | record
-        if source != "folder" and not metadata_only:
+        if not metadata_only and (source != "folder" or (root / "index.csv").exists()):
             yield from ((file, {"path": file.name, "unfit": "no row of the tables names it, or another file of this name was taken"})
                         for file in strays(root, claimed, kinds))
     except InputError:
@@ -210,15 +214,25 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         raise InputError(f"{root}: no such folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{out} lies inside {root}, whose images it would become; name a folder outside")
+    if root.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} lies around {root} and would be written over; name a folder outside")
+    about = {"source": source, "size": size, "bits": bits, "metadata_only": metadata_only}
+    before = json.loads((out / "prepared.json").read_text()) if (out / "prepared.json").exists() else about
+    for key in about:
+        if before.get(key) != about[key]:
+            raise InputError(f"{out} was prepared with {key} = {before.get(key)}, not {about[key]}; name another folder, or delete it")
     labels = read_labels(labels) if labels else None
     total = sum(1 for _ in records_of(source, root, out, labels, metadata_only))
     if not total:
         raise InputError(f"{root}: no images found for the source {source}")
-    if labels and not any(record["name"] in labels for _, record in SOURCES[source](root)):
+    if labels:
+        found = sum(record["name"] in labels for _, record in SOURCES[source](root))
         first = next(iter(SOURCES[source](root)))[1]["name"]
-        raise InputError(f"no name in the table of labels is an image's; the first image's name is {first!r}")
+        if not found:
+            raise InputError(f"no name in the table of labels is an image's; the first image's name is {first!r}")
+        print(f"labels: {len(labels)} names, of which {found} are images of {root}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    settings = {"source": source, "root": str(root.resolve()), "size": size, "bits": bits, "rows": total}
+    settings = about | {"root": str(root.resolve()), "rows": total}
     mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "ends": [0, 0]}
     if mark.exists() and json.loads(mark.read_text())["settings"] == settings:
         state = json.loads(mark.read_text())
@@ -258,6 +272,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         name = keyed(out)
         rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in sources.read_table(beside))
         write_csv(out / "rejected.csv", ["path", "reason"], rows)
+    write_json(out / "prepared.json", about)
     mark.unlink()
     return counts
 
@@ -348,7 +363,7 @@ def main():
     p.add_argument("--labels", type=Path, help="a CSV of labels by image name, for a source that has reports only")
     p = commands.add_parser("stats", help="count every value of every field, by data set")
     p.add_argument("prepared", nargs="+", type=Path)
-    p.add_argument("--out", type=Path, default=Path("stats.png"), help="the same as a picture")
+    p.add_argument("--out", type=Path, default=Path("out/stats.png"), help="the same as a picture, %(default)s if not given")
     args = parser.parse_args()
     if args.command == "stats":
         table = statistics(args.prepared)
@@ -356,7 +371,7 @@ def main():
         return draw_statistics(table, args.out)
     counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers,
                      args.metadata_only, args.labels)
-    print(f"{counts['taken']} images in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{'.' if args.source == 'folder' else '/'}rejected.csv), "
+    print(f"{counts['taken']} {'rows' if args.metadata_only else 'images'} in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{'.' if args.source == 'folder' else '/'}rejected.csv), "
           f"{counts['missing']} in the tables but not there")
 
 

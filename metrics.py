@@ -168,6 +168,8 @@ def listed(where, split=None):
         if split:
             raise InputError(f"{where}: --split needs an index.csv there")
         records = [{"path": path} for path in sorted(where.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        if not records:
+            raise InputError(f"{where}: neither an index.csv nor an image in it; prepare it first, or name the folder of the images")
     else:
         raise InputError(f"{where}: no such folder")
     return records
@@ -254,11 +256,16 @@ def memorisation(real, fake, training):
     return table
 
 
+def written(value, error):
+    """FDD of a small subgroup has no standard error."""
+    return f"{value:.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:.4f}"
+
+
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("real", nargs="+", type=Path, help="real images: folders or prepared sources")
-    parser.add_argument("synthetic", type=Path)
-    parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"), help="Rad-DINO, or weights/demo/classifier")
+    parser.add_argument("synthetic", type=Path, help="the last folder is the synthetic one")
+    parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"), help="Rad-DINO, %(default)s, by default; without a network weights/demo/classifier")
     parser.add_argument("--split", choices=data.SPLITS, help="of the real images")
     parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="the same for each subgroup or positive label")
     parser.add_argument("--train", nargs="+", type=Path, default=[], help="what the model was trained on (split train): memorisation")
@@ -307,7 +314,7 @@ def main():
         line = f"{group:32}{len(rows):7,}{len(columns):7,}"
         if min(len(rows), len(columns)) > args.k or group == "all":
             result |= compare(x[list(rows)], y[list(columns)], args.k, args.subset, args.seed, bench)
-            print(line + "".join(f"{'{:.4f} ± {:.4f}'.format(*result[measure]):>20}" for measure in measures))
+            print(line + "".join(f"{written(*result[measure]):>20}" for measure in measures))
         else:
             print(line + f"   too few: more than {args.k} of each are needed")
         results.append(result)

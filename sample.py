@@ -167,8 +167,9 @@ def main():
         else:
             records = [record | asked for record in records_like(args.like, args.split, args.n, args.seed)]
         wanted, records = records, only_covered(records, cfg.covered)
-        print(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
-              f"training of these weights and stay unknown")
+        if wanted != records:
+            print(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
+                  f"training of these weights and stay unknown")
     args.out.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import phantom
 
 
 @pytest.fixture
@@ -17,3 +18,20 @@ def command():
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
         return done.returncode, done.stdout, done.stderr
     return call
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "phantom"
+    phantom.write_source(root, 2000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def phantom_weights(phantoms, tmp_path_factory):
+    """XS trained on phantoms in pixel space, about a minute and a half on two cores."""
+    run = tmp_path_factory.mktemp("phantom-run")
+    subprocess.run([sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels", "--patch", "8", "--size", "XS",
+                    "--images", "32000", "--batch", "32", "--lr", "2e-3", "--warmup", "3000", "--ema", "5000", "--log-every", "250",
+                    "--save-every", "1000", "--no-compile", "--out", str(run)], check=True)
+    return run / "weights"

@@ -294,3 +294,33 @@ def test_stats_count_every_value(tmp_path, command):
     status, output, _ = command("data.py", "stats", tmp_path, "--out", tmp_path / "stats.png")
     assert status == 0 and [line.split() for line in output.splitlines() if line.startswith("sex")] == [["sex", "male", "2", "1", "1"]]
     assert Image.open(tmp_path / "stats.png").size[0] > 1000
+
+
+def test_a_prepared_folder_is_not_prepared_in_another_way(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root, RAMP, name="a.png")
+    data.prepare("folder", root, tmp_path / "out", size=64)
+    before = (tmp_path / "out/index.csv").read_bytes()
+    for change, message in (({"size": 96}, "size = 64, not 96"), ({"size": 64, "metadata_only": True}, "metadata_only = False, not True")):
+        with pytest.raises(InputError, match=message):
+            data.prepare("folder", root, tmp_path / "out", **change)
+    with pytest.raises(InputError, match="lies around"):
+        data.prepare("folder", root, tmp_path, size=64)
+    assert (tmp_path / "out/index.csv").read_bytes() == before
+
+
+def test_a_label_that_is_none_is_refused_by_line(tmp_path):
+    cli.write_csv(tmp_path / "labels.csv", ["name", *fields.LABELS], [["a.png", *["1"] * 14], ["b.png", "maybe", *[""] * 13]])
+    with pytest.raises(InputError, match="line 3: No Finding is 'maybe'; accepted: 1 positive"):
+        data.read_labels(tmp_path / "labels.csv")
+
+
+def test_images_beside_an_index_are_counted(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root, RAMP, name="a.png")
+    picture(root, RAMP, name="b.png")
+    write_index(root)
+    assert data.prepare("folder", root, tmp_path / "out", size=64) == {"taken": 1, "rejected": 1, "missing": 0}
+    assert [row["path"] for row in read_rows(tmp_path / "out.rejected.csv")] == ["b.png"]

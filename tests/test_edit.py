@@ -1,0 +1,149 @@
+"""Editing: the equations by hand, the solver's order, masks, and phantoms whose truth is known."""
+import random
+
+import numpy as np
+import phantom
+import pytest
+import torch
+from PIL import Image
+
+import edit
+import fields
+import radiograph
+import radit
+import sample
+
+OLD = {"age": 40.0, "sex": "male", "cardiomegaly": "negative"}
+NEW = OLD | {"cardiomegaly": "positive"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights whose velocity bends enough for the solver's error to show."""
+    torch.manual_seed(0)
+    net = radit.RadiT(radit.RadiTConfig(channels=1, grid=(8, 8), patch=2, width=64, depth=2, heads=1)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.normal_(std=0.5 / (parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 5))
+    return net
+
+
+def small_images(n=2):
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.1
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_there_and_back_errs_by_the_order_of_the_solver(model, solver, order):
+    x, errors = small_images(), []
+    for steps in (16, 32, 64) if solver == "euler" else (4, 8, 16):  # then Heun's error is that of float32
+        back = edit.edit(model, None, x, [OLD] * 2, [OLD] * 2, guidance=1, steps=steps, solver=solver)
+        errors.append((back - x).abs().max().item())
+    assert errors[-1] < (0.05 if solver == "euler" else 0.002)
+    for coarse, fine in zip(errors, errors[1:]):
+        assert coarse / fine > 2 ** order * 0.75
+
+
+def test_one_step_by_hand(model):
+    """Back by the velocity of the factual metadata, forward by rest + w (all - rest), rest without what changes."""
+    x, w = small_images(1), 3.0
+    def v(x, t, record):
+        age, codes = fields.encode_metadata([record])
+        return model(x, torch.tensor([t]), age, codes)
+    noise = x - v(x, 1.0, OLD)
+    rest = v(noise, 0.0, {"age": 40.0, "sex": "male"})
+    expected = noise + rest + w * (v(noise, 0.0, NEW) - rest)
+    result = edit.edit(model, None, x, [OLD], [NEW], guidance=w, steps=1, solver="euler")
+    torch.testing.assert_close(result, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_what_stays_is_not_amplified(model):
+    """With nothing changed the weight has nothing to act on."""
+    x = small_images()
+    one, nine = (edit.edit(model, None, x, [OLD] * 2, [OLD] * 2, guidance=w, steps=4) for w in (1, 9))
+    torch.testing.assert_close(one, nine, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, guidance=9, steps=4), one, atol=1e-2)
+
+
+def test_less_depth_changes_less(model):
+    x = small_images()
+    changes = [(edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, steps=16, depth=depth) - x).abs().mean() for depth in (0.1, 0.5, 1.0)]
+    assert changes[0] < changes[1] < changes[2]
+
+
+def test_outside_the_mask_every_pixel_stays(model):
+    x, mask = small_images(), torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 2:6] = 1
+    result = edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, steps=8, mask=mask)
+    assert torch.equal(torch.where(mask > 0, 0, result), torch.where(mask > 0, 0, x)) and not torch.allclose(result, x, atol=1e-2)
+    # The same metadata and no new noise: the inside comes back too; with new noise it is another.
+    same = edit.edit(model, None, x, [OLD] * 2, [OLD] * 2, guidance=1, steps=64, mask=mask)
+    assert (same - x).abs().max() < 5e-3
+    fresh = edit.edit(model, None, x, [OLD] * 2, [OLD] * 2, guidance=1, steps=64, mask=mask, seed=3)
+    assert (fresh - x).abs().max() > 0.1
+
+
+def test_descendants_follow_and_others_stay():
+    record = {"age": 60.0, "sex": "male", "view": "PA", "dataset": "kermany", "pleural_effusion": "negative", "no_finding": "positive"}
+    changed = edit.act(record, {"pleural_effusion": "positive"}, sample.DEMO / "causal")
+    assert changed["pleural_effusion"] == "positive" and changed["no_finding"] == "negative"
+    assert {f: changed[f] for f in ("age", "sex", "view", "dataset")} == {f: record[f] for f in ("age", "sex", "view", "dataset")}
+    assert edit.act(record, {"pleural_effusion": "positive"}, None) == record | {"pleural_effusion": "positive"}
+
+
+@pytest.mark.parametrize("change", [{"cardiomegaly": "positive"}, {"cardiomegaly": "negative"}, {"support_devices": "negative"}, {"age": 85.0},
+                                    {"age": 15.0}], ids=str)
+def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change):
+    """Held-out phantoms in which the value is another; what is measured moves to the rule's value, the rest stays."""
+    net, _ = sample.load_weights(phantom_weights)
+    choose, noise, records = random.Random(99), np.random.default_rng(99), []
+    while len(records) < 16:
+        record = phantom.random_record(choose)
+        if all(record[f] != v if f != "age" else abs(record[f] - v) > 30 for f, v in change.items()):
+            records.append(record)
+    images = torch.stack([torch.from_numpy(phantom.draw(r, noise)).float()[None] * 2 - 1 for r in records])
+    new = [record | change for record in records]
+    edited = edit.edit(net, None, images, records, new, guidance=2.0, steps=20)
+    before, after = ([phantom.measure((x[0].numpy() + 1) / 2) for x in batch] for batch in (images, edited))
+    def column(rows, name):
+        return np.array([row[name] for row in rows])
+    body = np.array([0.28 + 0.002 * r["age"] for r in new])
+    heart = np.array([0.55 if r["cardiomegaly"] == "positive" else 0.25 for r in new])
+    device = np.array([r["support_devices"] == "positive" for r in new])
+    assert np.abs(column(after, "body") - body).mean() < 0.03
+    assert np.abs(column(after, "heart") - heart).mean() < 0.1
+    seen = np.maximum(column(after, "left"), column(after, "right")) > 0.8
+    assert (seen == device).mean() > 0.85
+    if "age" not in change:
+        assert np.abs(column(after, "body") - column(before, "body")).mean() < 0.02
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["{text}", "--set", "sex=female"], "not an image"), (["{image}", "--set", "race=white"], "says nothing of race"),
+    (["{image}", "--set", "sex=female", "--mask", "{mask}"], "a mask of 5x5 pixels; the image is edited at 128x128"),
+    (["{image}", "--given", "sex=female", "--set", "sex=female"], "nothing to change"), (["{image}", "--set", "sex"], "not of the form FIELD=VALUE"), (["{image}", "--sweep", "sex=1:2:1"], "accepted is age=FIRST:LAST:STEP"),
+    (["{image}", "--sweep", "age=20:30:0"], "accepted is age=FIRST:LAST:STEP"), (["{image}", "--set", "sex=female", "--depth", "0"], "--depth 0.0")])
+def test_bad_input_is_one_line(tmp_path, command, arguments, message):
+    files = {"text": tmp_path / "a.txt", "image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
+    files["text"].write_text("no radiograph")
+    Image.fromarray(np.linspace(0, 255, 128 * 128).reshape(128, 128).astype(np.uint8)).save(files["image"])
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(files["mask"])
+    status, _, errors = command("edit.py", *[a.format(**files) for a in arguments], "--out", tmp_path / "out")
+    assert status == 2 and message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_the_pictures(tmp_path, command):
+    rng = np.random.default_rng(0)
+    pixels = (phantom.draw(phantom.random_record(random.Random(0)), rng) * 255).astype(np.uint8)
+    Image.fromarray(pixels).resize((128, 128)).save(tmp_path / "a.png")
+    status, output, errors = command("edit.py", tmp_path / "a.png", "--given", "sex=male", "--given", "pneumonia=negative", "--infer",
+                                     "--set", "pneumonia=positive", "--steps", 2, "--out", tmp_path / "out")
+    assert status == 0, errors
+    assert "inferred view=" in output and "inferred sex" not in output and "to positive" in output
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
+    assert Image.open(tmp_path / "out/sheet.png").size == (512, 128) and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
+    a, b = (radiograph.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
+    shown = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)
+    brighter, darker = ((b - a)[0] > 0.05).numpy(), ((b - a)[0] < -0.05).numpy()
+    assert (shown[brighter][:, 0] > shown[brighter][:, 2]).all() and (shown[darker][:, 2] > shown[darker][:, 0]).all() and brighter.any()
+    status, output, errors = command("edit.py", tmp_path / "a.png", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--out", tmp_path / "sweep")
+    assert status == 0, errors
+    assert Image.open(tmp_path / "sweep/strip.png").size == (384, 128) and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
