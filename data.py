@@ -220,7 +220,8 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     before = json.loads((out / "prepared.json").read_text()) if (out / "prepared.json").exists() else about
     for key in about:
         if before.get(key) != about[key]:
-            raise InputError(f"{out} was prepared with {key} = {before.get(key)}, not {about[key]}; name another folder, or delete it")
+            raise InputError(f"{out} was prepared with {key} = {before.get(key)}, not {about[key]}; "
+                             "name another folder, or delete it")
     labels = read_labels(labels) if labels else None
     total = sum(1 for _ in records_of(source, root, out, labels, metadata_only))
     if not total:
@@ -371,7 +372,8 @@ def main():
         return draw_statistics(table, args.out)
     counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers,
                      args.metadata_only, args.labels)
-    print(f"{counts['taken']} {'rows' if args.metadata_only else 'images'} in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{'.' if args.source == 'folder' else '/'}rejected.csv), "
+    what, reasons = "rows" if args.metadata_only else "images", "." if args.source == "folder" else "/"
+    print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{reasons}rejected.csv), "
           f"{counts['missing']} in the tables but not there")
 
 

@@ -144,7 +144,8 @@ def prdc(real, fake, k=5):
 
 def nearest(x, training):
     """|x_i - nearest training image| / sqrt(D), (N,), and which image that is, (N,)."""
-    best, which = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    which = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for start in range(0, len(training), TILE):
         for first in range(0, len(x), TILE):
             rows = slice(first, first + TILE)
@@ -265,7 +266,8 @@ def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("real", nargs="+", type=Path, help="real images: folders or prepared sources")
     parser.add_argument("synthetic", type=Path, help="the last folder is the synthetic one")
-    parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"), help="Rad-DINO, %(default)s, by default; without a network weights/demo/classifier")
+    parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"),
+                        help="Rad-DINO, %(default)s, by default; without a network weights/demo/classifier")
     parser.add_argument("--split", choices=data.SPLITS, help="of the real images")
     parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="the same for each subgroup or positive label")
     parser.add_argument("--train", nargs="+", type=Path, default=[], help="what the model was trained on (split train): memorisation")
@@ -275,7 +277,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the same figures as a file")
     args = parser.parse_args()
-    encoder = raddino.load_encoder(args.encoder).to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        encoder = raddino.load_encoder(args.encoder).to("cuda" if torch.cuda.is_available() else "cpu")
+    except InputError as error:
+        raise InputError(f"{error}; --encoder weights/demo/classifier needs no network") from None
     name, bench = hub.fingerprint(args.encoder), args.protocol == "chexgenbench"
 
     def side(folders, split):
