@@ -13,7 +13,7 @@ Inpainting: outside the mask every step is set back to the path that the image i
 picture to the original's pixels.
 
     python edit.py IMAGE --given sex=male --given age=55 --set pleural_effusion=positive
-    python edit.py IMAGE --infer --sweep age=20:90:10
+    python edit.py IMAGE --infer --sweep age=20:80:10
     python edit.py IMAGE --set cardiomegaly=positive --mask heart.png
 """
 import argparse
