@@ -57,7 +57,7 @@ def follow(velocity, x, times, solver):
 
 
 @torch.no_grad()
-def edit(model, decoder, images, factual, counterfactual, guidance=4.0, steps=25, solver="heun", depth=1.0, mask=None, seed=None):
+def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25, solver="heun", depth=1.0, mask=None, seed=None):
     """Images (N, 1, H, W) in [-1, 1] with their records, as the records `counterfactual` would have them: (N, 1, H, W).
 
     depth in (0, 1]: how far back towards noise; less keeps more of the image and changes less. mask (1, 1, H, W) in {0, 1}:
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--causal", type=Path, default=sample.DEMO / "causal", help="the causal model whose descendants follow")
     parser.add_argument("--no-causal", dest="causal", action="store_const", const=None, help="change nothing but what is set")
-    parser.add_argument("--guidance", type=float, default=4.0, help="of what changes; 1 is off")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of what changes; 1 is off")
     parser.add_argument("--steps", type=cli.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="heun")
     parser.add_argument("--depth", type=float, default=1.0, help="how far back towards noise, above 0 to 1")
