@@ -32,7 +32,9 @@ import flux
 import hub
 import latents
 import lora
-from perceptual import perceptual_loss
+import metrics
+import raddino
+from perceptual import look, perceptual_loss
 
 
 @dataclass
@@ -306,22 +308,31 @@ def copy(place, out):
 
 
 @torch.no_grad()
-def evaluate(folders, place, split, batch=16):
-    """PSNR in dB and SSIM of the reconstruction of every image of a split: two tensors (N,)."""
-    model, images = load(place), data.Radiographs(folders, split)
-    scores = []
-    for start in tqdm(range(0, len(images), batch), unit="batch"):
-        x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))])  # N 1 H W
-        y = model.decode(model.encode(x)[0]).clamp(-1, 1)
-        scores.append((psnr(x, y), ssim(x, y)))
-    return tuple(torch.cat(column) for column in zip(*scores))
+def evaluate(model, images, encoder=None, batch=16):
+    """What reconstruction does to `images`, a sequence of (1, H, W) in [-1, 1]: {"psnr": in dB, "ssim": ...}, each (N,). With
+    an encoder of raddino.py "perceptual", (N,), as well, and "fdd", one number: the Fréchet distance of originals and
+    reconstructions in its features."""
+    scores, seen, device = {"psnr": [], "ssim": []}, [], next(model.parameters()).device
+    for start in tqdm(range(0, len(images), batch), unit="batch", leave=False):
+        x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))]).to(device)  # N 1 H W
+        y = model.decode(model.encode(x)[0]).clamp(-1, 1)            # N 1 H W
+        scores["psnr"].append(psnr(x, y))
+        scores["ssim"].append(ssim(x, y))
+        if encoder:
+            scores.setdefault("perceptual", []).append(perceptual_loss(encoder, x, y))
+            seen.append([encoder(look(encoder, z))[0].cpu() for z in (x, y)])            # N D each
+    scores = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
+    if encoder:
+        real, returned = (metrics.moments(torch.cat(side)) for side in zip(*seen))
+        scores["fdd"] = torch.tensor(metrics.frechet(*real, *returned))
+    return scores
 
 
 def main():
     parser = cli.Parser(description="Cache the latents of prepared sources, or measure reconstruction.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
-                       ("evaluate", "print the PSNR and SSIM of reconstructed images")):
+                       ("evaluate", "print what is lost in reconstructed images")):
         p = commands.add_parser(name, help=text)
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
         p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
@@ -329,12 +340,19 @@ def main():
     commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
                                             help="rows of a training image: itself and slightly moved copies, for small data sets")
     commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
+    commands.choices["evaluate"].add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: "
+                                              "the perceptual distance and the Fréchet distance too")
     args = parser.parse_args()
     if args.command == "encode":
         return latents.encode(args.data, load(args.vae), args.out, args.versions)
-    decibel, similarity = evaluate(args.data, args.vae, args.split)
+    encoder = raddino.load_encoder(args.encoder) if args.encoder else None
+    scores = evaluate(load(args.vae), data.Radiographs(args.data, args.split), encoder)
+    decibel, similarity = scores["psnr"], scores["ssim"]
     print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
           f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")
+    if encoder:
+        print(f"through {args.encoder}: perceptual distance {scores['perceptual'].mean():.3g} "
+              f"({scores['perceptual'].std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}")
 
 
 if __name__ == "__main__":

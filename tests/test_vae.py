@@ -15,8 +15,10 @@ import cli
 import data
 import hub
 import latents
+import raddino
 import radiograph
 import vae
+from perceptual import perceptual_loss
 from vae import RadVAE, VAEConfig
 
 SMALL = VAEConfig(channels=1, latent_channels=4, widths=(8, 16, 16, 16), layers=1, groups=4)
@@ -378,5 +380,8 @@ def test_evaluate_averages_the_held_out_images(tmp_path, prepared, command):
     y = model.decode(model.encode(x)[0]).clamp(-1, 1)
     status, output, _ = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train")
     assert status == 0 and f"4 images of the split train: PSNR {vae.psnr(x, y).mean():.2f} dB" in output
+    judge = raddino.load_encoder(ROOT / "weights/demo/classifier")
+    status, output, _ = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train", "--encoder", ROOT / "weights/demo/classifier")
+    assert status == 0 and f"perceptual distance {perceptual_loss(judge, x, y).mean():.3g} (" in output
     status, _, errors = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "test")
     assert status == 2 and "no image in the split test" in errors
