@@ -2,6 +2,7 @@
 
     python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
     python train.py radit --data PREPARED... --latents LATENTS --size XS --out RUN
+    python train.py plan  --size XL --tokens 1.6e12 --gpus 64          what that would cost
 
 The clock is the number of images seen. Data order, noise, times and dropout depend only on (seed, images seen), and
 the checkpoint holds everything else, so the same command again continues the run, and its losses are those of a
@@ -35,6 +36,7 @@ import fields
 import flow
 import hub
 import lora
+import plan
 import raddino
 import radiograph
 import radit
@@ -420,7 +422,11 @@ def main():
     p.add_argument("--shift", type=float, default=1.0, help="time shift towards noise; above 1 for many tokens")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
+    plan.add_arguments(commands.add_parser("plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                           help="what a training of RadiT would cost; nothing is built"))
     args = parser.parse_args()
+    if args.command == "plan":
+        return plan.show(args)
     if args.command == "radit" and args.latents and not args.vae:
         parser.error("--latents needs --vae, the VAE that they were made with")
     cfg = TrainConfig(**{field: getattr(args, field) for field in asdict(TrainConfig())})
