@@ -8,6 +8,7 @@ Image i is drawn from the seed SEED + i alone: the same seed and metadata give t
 that are not given are unknown to the model; with none given at all, each image asks for the metadata of an example
 that config.json holds. A value that the training data never covered is refused. Every file says that it is synthetic.
 """
+import argparse
 import json
 import math
 import random
@@ -75,12 +76,25 @@ def patients(folder, do, n, seed, covered):
     return causal.sample(model, n, do, seed)
 
 
+def fitting_batch(cfg, device):
+    """How many images at a time: on a CPU 16, where more are no faster; on a GPU the largest power of two, at most 64, whose
+    activations fill at most half of the free memory. A block holds most in its SwiGLU: x and its norms, queries, keys and
+    values (ten widths a token), gate, value and their products, all float32, for both branches. The VAE works in slices."""
+    if device.type == "cpu":
+        return 16
+    bytes_an_image = 2 * cfg.tokens * (10 * cfg.width + 4 * cfg.hidden) * 4
+    return 2 ** int(math.log2(min(max(torch.cuda.mem_get_info(device)[0] / 2 / bytes_an_image, 1), 64)))
+
+
 @torch.no_grad()
-def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="euler", batch=16, report=None):
+def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="euler", batch=None, report=None, interval=(0, 1),
+             bf16=None):
     """One image for each record (dict of field -> value) and seed: (N, 1, H, W) in [-1, 1], and the number of
-    velocity evaluations an image cost. `report()` is called after every evaluation of every batch."""
+    velocity evaluations an image cost. `report()` is called after every evaluation of every batch; guidance acts for
+    times in `interval`; `bf16` None is yes where the device multiplies bfloat16 faster. flow.passes counts what was run."""
     cfg, device = model.config, next(model.parameters()).device
     times = flow.time_grid(steps, cfg.shift)
+    batch = batch or fitting_batch(cfg, device)
     images = []
     for start in range(0, len(seeds), batch):
         part = seeds[start:start + batch]
@@ -88,9 +102,11 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
                              for seed in part])                      # N C H W, drawn on the CPU: the same on any device
         condition = [x.to(device) for x in fields.encode_metadata(records[start:start + batch], cfg.datasets)]
         null = [torch.full_like(condition[0], torch.nan), torch.zeros_like(condition[1])]
-        velocity = flow.guided(model, condition, null, guidance, cfg.prediction)
-        x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W
-        images.append((decoder.decode(x) if decoder else x).clamp(-1, 1).cpu())  # N 1 H W
+        velocity = flow.guided(model, condition, null, guidance, cfg.prediction, interval)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cli.fast_bf16(device) if bf16 is None else bf16):
+            x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W, float32
+            x = decoder.decode(x) if decoder else x                  # N 1 H W
+        images.append(x.float().clamp(-1, 1).cpu())
     return torch.cat(images), evaluations
 
 
@@ -131,7 +147,12 @@ def main():
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
-    parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"),
+                        help="guide only for t in it, such as 0.1 0.8: elsewhere half the work is saved")
+    parser.add_argument("--batch", type=cli.positive, help="images at a time; as many as fit, if not given")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16; where it is faster, if not given")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and about a "
+                        "minute: pays from some thousand images on")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
@@ -155,6 +176,8 @@ def main():
     check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
+    if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
+        raise InputError("--guidance-interval {:g} {:g}: not two times from 0 to 1, the lower one first".format(*args.guidance_interval))
     seeds = list(range(args.seed, args.seed + args.n))
     records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
     if args.do and not args.causal:
@@ -172,16 +195,20 @@ def main():
                   f"training of these weights and stay unknown")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, _ = cli.pick_device()
     model.to(device)
     if decoder:
         decoder.to(device)
-    batches = -(-args.n // args.batch)
-    with tqdm(total=batches * args.steps * (2 if args.solver == "heun" else 1), unit="step") as bar:
-        images, evaluations = generate(model, decoder, records, seeds, args.steps, args.guidance, args.solver, args.batch,
-                                       report=bar.update)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    batch = args.batch or fitting_batch(cfg, device)
+    with tqdm(total=-(-args.n // batch) * args.steps * (2 if args.solver == "heun" else 1), unit="step") as bar:
+        images, evaluations = generate(model, decoder, records, seeds, args.steps, args.guidance, args.solver, batch, bar.update,
+                                       args.guidance_interval, args.bf16)
+    passes = flow.passes(flow.time_grid(args.steps, cfg.shift), args.solver, args.guidance, args.guidance_interval)
     write_samples(args.out, images, records, seeds, args.weights.name)
-    print(f"{args.n} images in {args.out}, {evaluations} velocity evaluations each; "
+    print(f"{args.n} images in {args.out}, {evaluations} velocity evaluations and {passes} passes of the network each; "
           f"what each was asked to show is in {args.out}/metadata.csv")
 
 
