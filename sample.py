@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 import causal
 import cli
 import data
+import dicom
 import fields
 import flow
 import hub
@@ -110,6 +112,26 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
     return torch.cat(images), evaluations
 
 
+def how_drawn(weights, **settings):
+    """What decides a picture beside its metadata and its seed, as every file of it says: a name and the fingerprint of the
+    weights (`weights`, a folder here or on the Hub), and settings such as steps and guidance."""
+    name = weights.name if weights.is_dir() else str(weights)
+    return {"weights": name, "fingerprint": hub.fingerprint(weights / "radit"), **settings}
+
+
+def text_fields(how, **more):
+    """The text fields of a PNG: that it is synthetic, and what decided it."""
+    return {"Synthetic": "yes", "Software": "RadiT", **{key.capitalize(): str(value) for key, value in (how | more).items()}}
+
+
+def write_image(out, name, image, record, seed, how, as_dicom=False):
+    """OUT/images/NAME.png, and before it OUT/dicom/NAME.dcm: where the PNG is, the image is there whole."""
+    if as_dicom:
+        words = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("weights", "fingerprint"))
+        dicom.write(out / f"dicom/{name}.dcm", image, record, f"{how['weights']} {how['fingerprint']}", seed, words)
+    radiograph.save_image(image, out / f"images/{name}.png", text_fields(how, seed=seed, metadata=json.dumps(record)))
+
+
 def write_samples(out, images, records, seeds, weights):
     """OUT/images/0000.png ..., grid.png, metadata.csv, and index.csv as a prepared source has it, so that data.py, metrics.py
     and classifier.py read OUT like any other. The tables come last, when all pictures are there."""
@@ -136,6 +158,9 @@ def records_like(folders, splits, count, seed):
 
 
 def main():
+    if sys.argv[1:2] == ["serve"]:
+        import serve  # which imports this file
+        return serve.main(sys.argv[2:])
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "

@@ -2,8 +2,8 @@
 import http.client
 import io
 import json
-import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,12 +16,19 @@ from PIL import Image
 
 import sample
 import serve
+from cli import InputError
 
 FORM = {"n": 2, "steps": 2, "guidance": 2, "seed": 5, "metadata": {"sex": "female", "age": "60"}}
 
 
+@pytest.fixture(scope="module")
+def models():
+    return sample.load_weights(sample.DEMO)
+
+
 @pytest.fixture
-def server():
+def server(models, monkeypatch):
+    monkeypatch.setattr(sample, "load_weights", lambda folder: models)  # once for all tests
     with serve.Server(0, sample.DEMO) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
@@ -48,8 +55,7 @@ def test_what_is_drawn_is_what_the_command_draws(server):
     assert [event["done"] for event in told if "done" in event] == [1, 2] and told[0]["of"] == 2
     drawn = [event for event in told if "image" in event]
     assert [(event["seed"], event["metadata"]) for event in drawn] == [(seed, {"sex": "female", "age": 60.0}) for seed in (5, 6)]
-    model, decoder = sample.load_weights(sample.DEMO)
-    expected, _ = sample.generate(model, decoder, [{"sex": "female", "age": 60.0}] * 2, [5, 6], 2, 2.0)
+    expected, _ = sample.generate(server.model, server.decoder, [{"sex": "female", "age": 60.0}] * 2, [5, 6], 2, 2.0)
     for event, image in zip(drawn, expected):
         status, headers, png = request(server, "GET", f"/images/{event['image']}.png")
         assert status == 200 and headers["Content-Type"] == "image/png"
@@ -98,7 +104,7 @@ def test_hostile_forms_are_one_line_and_400(server, change, message):
     ("POST", "/draw", None, {"Origin": "http://evil.example"}, 400, "another page"), ("POST", "/draw", None, {"Origin": "null"}, 400, "another page"),
     ("POST", "/", None, {}, 404, "nothing here"), ("GET", "/draw", None, {}, 404, "nothing here"), ("GET", "/../sample.py", None, {}, 404, "nothing here"),
     ("GET", "/images/../../x.png", None, {}, 404, "nothing here"), ("GET", "/images/0123456789abcdef.png", None, {}, 404, "no such picture"),
-    ("GET", "http://evil.example/", None, {}, 404, "nothing here"), ("PUT", "/draw", b"", {}, 405, ""), ("DELETE", "/", None, {}, 405, ""),
+    ("GET", "http://evil.example/", None, {}, 400, "another host"), ("PUT", "/draw", b"", {}, 405, ""), ("DELETE", "/", None, {}, 405, ""),
     ("OPTIONS", "/draw", None, {}, 405, ""), ("TRACE", "/", None, {}, 405, ""), ("FETCH", "/", None, {}, 405, "")])
 def test_requests_that_are_not_the_page_s_are_refused(server, method, path, body, headers, status, message):
     answer = request(server, method, path, body, headers)
@@ -107,8 +113,8 @@ def test_requests_that_are_not_the_page_s_are_refused(server, method, path, body
     assert request(server, "GET", "/")[0] == 200                     # and the page is as it was
 
 
-def test_the_page_and_its_policy(server):
-    server.model.config.datasets += ("</script><script>alert(1)</script>",)  # weights of somebody else
+def test_the_page_and_its_policy(server, monkeypatch):
+    monkeypatch.setattr(server.model.config, "datasets", ("</script><script>alert(1)</script>",))  # weights of somebody else
     status, headers, body = request(server, "GET", "/", headers={"Host": f"localhost:{server.server_address[1]}"})
     policy, page = headers["Content-Security-Policy"], body.decode()
     assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
@@ -173,7 +179,7 @@ def test_people_queue_see_their_place_and_are_served_in_turn(server, monkeypatch
         pass
     slow.go.release(2)
     assert second.until("image")["image"] != third.until("image")["image"]
-    assert slow.most == 1 and not server.waiting
+    assert third.answer.read() == b"" and slow.most == 1 and not server.waiting
 
 
 def test_who_goes_away_frees_the_place(server, monkeypatch, capfd):
@@ -235,12 +241,13 @@ def test_half_a_request_or_none_harms_nobody(server, monkeypatch):
     assert request(server, "GET", "/")[0] == 200
 
 
-def test_the_server_listens_at_home_only_and_says_which_port_is_taken(server, tmp_path, command):
+def test_the_server_listens_at_home_only_and_says_which_port_is_taken(server, monkeypatch):
     assert server.server_address[0] == "127.0.0.1"
     port = server.server_address[1]
     for number, message in ((port, f"--port {port}: Address already in use; give another"), (70_000, "--port 70000 is not from 0 to 65535")):
-        status, _, errors = command("sample.py", "serve", "--port", number, cwd=tmp_path)
-        assert status == 2 and errors == f"sample.py: error: {message}\n"
+        monkeypatch.setattr(sys, "argv", ["sample.py", "serve", "--port", str(number)])
+        with pytest.raises(InputError, match=f"^{message}$"):
+            sample.main()
 
 
 # --- in a browser ---------------------------------------------------------------------------------------
