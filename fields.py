@@ -103,6 +103,11 @@ def check_covered(record, covered):
             raise InputError(reason)
 
 
+def only_covered(records, covered):
+    """The records without what the training data never held, which the model can only be asked for as unknown."""
+    return [{field: value for field, value in record.items() if not uncovered(field, value, covered)} for record in records]
+
+
 # A consolidated lung is opaque and a large heart widens the mediastinum: CheXpert's labels are a tree with two parents.
 PARENTS = {"lung_opacity": ("edema", "consolidation", "pneumonia", "atelectasis"),
            "enlarged_cardiomediastinum": ("cardiomegaly",)}

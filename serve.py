@@ -75,9 +75,9 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, port, weights):
         self.weights, (self.model, self.decoder) = weights, sample.load_weights(weights)
-        device, _ = cli.pick_device()
+        self.device, _ = cli.pick_device()
         for module in filter(None, (self.model, self.decoder)):
-            module.to(device)
+            module.to(self.device)
         self.waiting, self.turn = [], threading.Condition()          # tickets, the first of which draws
         self.kept, self.temporary = deque(), tempfile.TemporaryDirectory()
         self.folder = Path(self.temporary.name)
@@ -195,7 +195,8 @@ class Handler(BaseHTTPRequestHandler):
                     server.turn.wait_for(lambda: server.waiting.index(ticket) != place, timeout=1)
             seeds = range(seed, seed + n)
             records = [record or server.model.config.examples[seed % len(server.model.config.examples)] for seed in seeds]
-            how = sample.how_drawn(server.weights, steps=steps, solver="euler", guidance=guidance)
+            how = sample.how_drawn(server.weights, steps=steps, solver="euler", guidance=guidance, interval=[0, 1],
+                                   precision="bfloat16" if cli.fast_bf16(server.device) else "float32")
             done, of = 0, -(-n // AT_A_TIME) * steps
             def step():
                 nonlocal done

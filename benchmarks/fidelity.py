@@ -75,7 +75,7 @@ def main():
     encoder, judge = raddino.load_encoder(args.encoder), classifier.load(classifier.DEMO)
     training = data.Radiographs(args.data, "train")
     records, images, a, b = halves(args.data, args.seed)
-    asked = sample.only_covered([known(records[i]) for i in b], model.config.covered)
+    asked = fields.only_covered([known(records[i]) for i in b], model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
     with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
         drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
@@ -99,7 +99,11 @@ def main():
         print(f"{name:34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*value):>18}" for value in row.values()))
 
     with tempfile.TemporaryDirectory() as folder:
-        sample.write_samples(Path(folder), drawn, asked, seeds, args.weights.name)
+        how, names = sample.how_drawn(args.weights, steps=25, solver="euler", guidance=2.0), [f"{i:04}" for i in range(len(b))]
+        (Path(folder) / "images").mkdir()
+        for item in zip(names, drawn, asked, seeds):
+            sample.write_image(Path(folder), *item, how)
+        sample.write_tables(Path(folder), names, asked, seeds, how)
         shown = classifier.Labelled([folder], None, judge.config.datasets)
         synthetic = classifier.measure(shown, classifier.predict(judge, shown), judge.config)
     held_out = classifier.Labelled(args.data, None, judge.config.datasets)

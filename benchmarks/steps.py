@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import classifier
 import cli
 import fidelity
+import fields
 import flow
 import hub
 import metrics
@@ -86,7 +87,7 @@ def main():
     if args.n > len(b):
         raise cli.InputError(f"--n {args.n}: only {len(b)} held-out images to take metadata from")
     chosen = np.random.default_rng(args.seed).permutation(b)[:args.n]
-    asked = sample.only_covered([fidelity.known(records[i]) for i in chosen], model.config.covered)
+    asked = fields.only_covered([fidelity.known(records[i]) for i in chosen], model.config.covered)
     digest = hub.fingerprint(args.weights / "radit")
     folder = args.out / f"{digest}-n{args.n}-guidance{args.guidance:g}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
