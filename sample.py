@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import dicom
 import fields
 import flow
 import hub
+import publish
 import radiograph
 import radit
 import vae
@@ -152,6 +154,8 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
 
 
 def main():
+    if sys.argv[1:2] == ["push"]:
+        return publish.main(sys.argv[2:], load_weights)
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
