@@ -33,6 +33,7 @@ import dicom
 import fields
 import flow
 import hub
+import publish
 import radiograph
 import radit
 import vae
@@ -172,6 +173,8 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
 
 
 def main():
+    if sys.argv[1:2] == ["push"]:
+        return publish.main(sys.argv[2:], load_weights)
     if sys.argv[1:2] == ["serve"]:
         import serve  # which imports this file
         return serve.main(sys.argv[2:])
