@@ -258,7 +258,7 @@ def print_table(results, title=""):
 
 def load(folder):
     model = hub.load_model(Classifier, ClassifierConfig, folder)
-    return model.to(train.pick_device()[0])
+    return model.to(cli.pick_device()[0])
 
 
 def robustness(model, dataset, kinds):

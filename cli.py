@@ -1,4 +1,4 @@
-"""What every command here shares: errors in one line, files whole or not at all."""
+"""What every command here shares: errors in one line, files whole or not at all, the device."""
 import argparse
 import csv
 import json
@@ -6,6 +6,8 @@ import math
 import os
 import sys
 from pathlib import Path
+
+import torch
 
 
 class InputError(ValueError):
@@ -63,3 +65,13 @@ def write_csv(path, header, rows):
     with open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     os.replace(temporary, path)
+
+
+def pick_device():
+    """The device, and whether it multiplies bfloat16 matrices faster than float32 ones."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, fast_bf16(device)
+
+
+def fast_bf16(device):
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()

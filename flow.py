@@ -4,11 +4,12 @@
     velocity  v   = dx_t / dt = data - noise
     loss      E |v_theta(x_t, t, c) - v|²
     times     t = shift(sigmoid(n)), n ~ N(0, 1): logit-normal, moved towards noise for large images
-    guidance  v = v_null + w (v_cond - v_null)      w = 1 is off; on all channels
+    guidance  v = v_null + w (v_cond - v_null)      w = 1 is off; on all channels; only for t in an interval, if one is given
 
 A network predicts the velocity itself ("velocity") or the clean data ("data"), from which v = (data - x_t) / (1 - t).
 Sources: Liu et al. 2022 and Lipman et al. 2023 (the path), Esser et al. 2024 (logit-normal times, eq. 23 for the
-shift), Karras et al. 2022 (Heun), Ho and Salimans 2022 (guidance), Li and He 2025 (data prediction, velocity loss).
+shift), Karras et al. 2022 (Heun), Ho and Salimans 2022 (guidance), Kynkäänniemi et al. 2024 (only in an interval), Li and He
+2025 (data prediction, velocity loss).
 """
 import torch
 
@@ -49,20 +50,33 @@ def flow_loss(predict, data, noise, t, prediction="velocity"):
     return (v - target).square().mean((1, 2, 3))
 
 
-def guided(predict, condition, null, weight, prediction="velocity"):
+def guidance_acts(t, weight, interval):
+    """Whether a velocity at time t needs the null branch too."""
+    return weight != 1 and interval[0] <= float(t) <= interval[1]
+
+
+def guided(predict, condition, null, weight, prediction="velocity", interval=(0, 1)):
     """velocity(x, t) under guidance. predict(x, t, *condition) is the network; `condition` and `null` are tuples of
-    tensors (N, ...). Both branches run in one batch of 2N; with weight 1 the null branch is not run at all."""
+    tensors (N, ...). Both branches run in one batch of 2N; with weight 1, or for t outside the interval (both ends belong
+    to it), the null branch is not run at all."""
     both = [torch.cat(pair) for pair in zip(condition, null)]
 
     def velocity(x, t):                                              # N C H W, float
+        acts = guidance_acts(t, weight, interval)
         t = torch.full((len(x),), float(t), device=x.device)
-        if weight == 1:
+        if not acts:
             return to_velocity(predict(x, t, *condition).float(), x, t, prediction)
         output = predict(torch.cat([x, x]), torch.cat([t, t]), *both).float()
         v_cond, v_null = (to_velocity(half, x, t, prediction) for half in output.chunk(2))
         return v_null + weight * (v_cond - v_null)
 
     return velocity
+
+
+def passes(times, solver, weight, interval=(0, 1)):
+    """How many times the network runs for one image: once for a velocity, twice for a guided one."""
+    visited = [t for step in zip(times[:-1], times[1:]) for t in (step if solver == "heun" else step[:1])]
+    return sum(1 + guidance_acts(t, weight, interval) for t in visited)
 
 
 def integrate(velocity, x, times, solver="heun", report=None):

@@ -5,6 +5,7 @@
     python sample.py --causal --do cardiomegaly=positive          whole patients of the causal model, one field set
     python sample.py --balance sex,age --n 10000 --out cohort     whole cohorts; cohort.py says of whom
     torchrun --nproc_per_node=8 sample.py ...                     the same images, shared among GPUs
+    python sample.py serve                                        a page to draw on, at 127.0.0.1
     python sample.py push WEIGHTS ORG/NAME                        publish weights on the Hugging Face Hub
 
 Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
@@ -12,10 +13,12 @@ that are not given are unknown to the model; with none given at all, each image 
 that config.json holds. A value that the training data never covered is refused. Every file says that it is synthetic.
 The same command again continues what was interrupted, to the same bytes; another command's folder is refused.
 """
+import argparse
 import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +33,7 @@ import dicom
 import fields
 import flow
 import hub
+import publish
 import radiograph
 import radit
 import vae
@@ -52,12 +56,26 @@ def load_weights(folder):
     return model, decoder
 
 
+def fitting_batch(cfg, device):
+    """How many images at a time: on a CPU 16, where more are no faster; on a GPU the largest power of two, at most 64, whose
+    activations fill at most half of the memory (of all of it: the same command again makes the same batches). A block holds
+    most in its SwiGLU: x and its norms, queries, keys and values (ten widths a token), gate, value and their products, all
+    float32, for both branches of guidance. The VAE works in slices."""
+    if device.type == "cpu":
+        return 16
+    bytes_an_image = 2 * cfg.tokens * (10 * cfg.width + 4 * cfg.hidden) * 4
+    return 2 ** int(math.log2(min(max(torch.cuda.mem_get_info(device)[1] / 2 / bytes_an_image, 1), 64)))
+
+
 @torch.no_grad()
-def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="euler", batch=16, report=None):
+def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="euler", batch=None, report=None, interval=(0, 1),
+             bf16=None):
     """One image for each record (dict of field -> value) and seed: (N, 1, H, W) in [-1, 1], and the number of
-    velocity evaluations an image cost. `report()` is called after every evaluation of every batch."""
+    velocity evaluations an image cost. `report()` is called after every evaluation of every batch; guidance acts for
+    times in `interval`; `bf16` None is yes where the device multiplies bfloat16 faster. flow.passes counts what was run."""
     cfg, device = model.config, next(model.parameters()).device
     times = flow.time_grid(steps, cfg.shift)
+    batch = batch or fitting_batch(cfg, device)
     images = []
     for start in range(0, len(seeds), batch):
         part = seeds[start:start + batch]
@@ -65,9 +83,11 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
                              for seed in part])                      # N C H W, drawn on the CPU: the same on any device
         condition = [x.to(device) for x in fields.encode_metadata(records[start:start + batch], cfg.datasets)]
         null = [torch.full_like(condition[0], torch.nan), torch.zeros_like(condition[1])]
-        velocity = flow.guided(model, condition, null, guidance, cfg.prediction)
-        x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W
-        images.append((decoder.decode(x) if decoder else x).clamp(-1, 1).cpu())  # N 1 H W
+        velocity = flow.guided(model, condition, null, guidance, cfg.prediction, interval)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cli.fast_bf16(device) if bf16 is None else bf16):
+            x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W, float32
+            x = decoder.decode(x) if decoder else x                  # N 1 H W
+        images.append(x.float().clamp(-1, 1).cpu())
     return torch.cat(images), evaluations
 
 
@@ -141,7 +161,8 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
     with tqdm(total=len(mine) * steps, unit="step", disable=rank > 0 or not mine) as bar:
         for start in mine:
             part = slice(start, start + batch)
-            images, _ = generate(model, decoder, records[part], seeds[part], how["steps"], how["guidance"], how["solver"], batch, bar.update)
+            images, _ = generate(model, decoder, records[part], seeds[part], how["steps"], how["guidance"], how["solver"], batch, bar.update,
+                                 how["interval"], how["precision"] == "bfloat16")
             for item in zip(names[part], images, records[part], seeds[part]):
                 write_image(out, *item, how, as_dicom)
     while rank == 0 and any(not (out / f"images/{names[i]}.png").exists() for i in missing):  # the other processes' share
@@ -152,6 +173,11 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
 
 
 def main():
+    if sys.argv[1:2] == ["push"]:
+        return publish.main(sys.argv[2:], load_weights)
+    if sys.argv[1:2] == ["serve"]:
+        import serve  # which imports this file
+        return serve.main(sys.argv[2:])
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
@@ -163,7 +189,12 @@ def main():
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
-    parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
+                        help="guide only for t in it, such as 0.1 0.8: elsewhere half the work is saved")
+    parser.add_argument("--batch", type=cli.positive, help="images at a time; as many as fit, if not given")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16; where it is faster, if not given")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and about a "
+                        "minute: pays from some thousand images on")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
@@ -194,6 +225,8 @@ def main():
     fields.check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
+    if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
+        raise InputError("--guidance-interval {:g} {:g}: not two times from 0 to 1, the lower one first".format(*args.guidance_interval))
     if not 0 <= args.seed < 2 ** 62:
         raise InputError(f"--seed {args.seed} is not from 0 to 2^62")
     if args.do and not args.causal:
@@ -231,14 +264,20 @@ def main():
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
             f"training of these weights and stay unknown")
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     model.to(device)
     if decoder:
         decoder.to(device)
-    how = how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance)
-    drawn, evaluations = draw(args.out, model, decoder, records, seeds, how, args.batch, args.dicom, rank, world)
-    say(f"{len(seeds)} images in {args.out}, {drawn} of them drawn now, {evaluations} velocity evaluations each; "
-        f"what each was asked to show is in {args.out}/metadata.csv")
+    if args.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    bf16 = cli.fast_bf16(device) if args.bf16 is None else args.bf16
+    how = how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, interval=args.guidance_interval,
+                    precision="bfloat16" if bf16 else "float32")
+    drawn, evaluations = draw(args.out, model, decoder, records, seeds, how, args.batch or fitting_batch(cfg, device), args.dicom, rank, world)
+    passes = flow.passes(flow.time_grid(args.steps, cfg.shift), args.solver, args.guidance, args.guidance_interval)
+    say(f"{len(seeds)} images in {args.out}, {drawn} of them drawn now, {evaluations} velocity evaluations and {passes} passes of the network "
+        f"each; what each was asked to show is in {args.out}/metadata.csv")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import radiograph
 import radit
 import sample
 import vae
-from cli import InputError
+from cli import InputError, pick_device
 from latents import Latents, names_of
 
 
@@ -58,13 +58,6 @@ class TrainConfig:
     log_every: int = 128         # steps between lines of the log
     save_every: int = 512        # steps between checkpoints and previews
     seed: int = 0
-
-
-def pick_device():
-    """The device, and whether it multiplies bfloat16 matrices faster than float32 ones."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.is_bf16_supported()
-    return torch.device("cpu"), torch.cpu._is_avx512_bf16_supported()
 
 
 def batches(count, batch, seed, seen):

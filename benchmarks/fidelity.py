@@ -47,6 +47,22 @@ def blurred(images, sigma=2.0):
     return F.conv2d(F.conv2d(padded, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
 
 
+def halves(folders, seed):
+    """The held-out real images (splits valid and test): their records, images (N, 1, H, W), and the rows of halves A and B. No
+    patient is in both."""
+    splits = [data.Radiographs(folders, split) for split in ("valid", "test")]
+    records = [record for split in splits for record in split.records]
+    images = torch.stack([image for split in splits for image in split])
+    patients = sorted({record["patient"] for record in records})
+    first = set(np.random.default_rng(seed).permutation(patients)[:len(patients) // 2])
+    a, b = ([i for i, record in enumerate(records) if (record["patient"] in first) == side] for side in (True, False))
+    return records, images, a, b
+
+
+def known(record):
+    return {field: value for field, value in record.items() if field in fields.FIELDS}
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,16 +73,9 @@ def main():
     args = parser.parse_args()
     model, decoder = sample.load_weights(args.weights)
     encoder, judge = raddino.load_encoder(args.encoder), classifier.load(classifier.DEMO)
-    splits = {split: data.Radiographs(args.data, split) for split in ("train", "valid", "test")}
-    training = splits["train"]
-    records = splits["valid"].records + splits["test"].records
-    images = torch.stack([*splits["valid"], *splits["test"]])        # N 1 H W
-    patients = sorted({record["patient"] for record in records})
-    first = set(np.random.default_rng(args.seed).permutation(patients)[:len(patients) // 2])
-    a, b = ([i for i, record in enumerate(records) if (record["patient"] in first) == side] for side in (True, False))
-
-    known = [{field: value for field, value in records[i].items() if field in fields.FIELDS} for i in b]
-    asked = fields.only_covered(known, model.config.covered)
+    training = data.Radiographs(args.data, "train")
+    records, images, a, b = halves(args.data, args.seed)
+    asked = fields.only_covered([known(records[i]) for i in b], model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
     with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
         drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)

@@ -110,6 +110,42 @@ def test_guidance_acts_on_all_channels_and_1_is_off():
     assert calls == [2, 4, 4]                                        # one batch for both branches; none for the null at 1
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("weight, interval", [(2.0, (0.25, 0.5)), (2.0, (0, 1)), (1.0, (0, 1)), (3.0, (0.9, 0.95)), (0.5, (0.5, 0.5))])
+def test_guidance_in_an_interval_of_time(solver, weight, interval):
+    """On data whose velocity is exact: guidance adds (w - 1) (v_cond - v_null) inside, nothing outside, and `passes` is what
+    the network really ran. v_null is off by 1 at all times, so an Euler path ends (w - 1) times the time spent inside higher."""
+    noise, _, _ = gaussian(50)
+    noise, times, ran = noise.float(), flow.time_grid(8, 1.0), []
+    condition, null = [torch.zeros(50, 1)], [torch.ones(50, 1)]
+
+    def predict(x, t, c):
+        ran.append(len(x))
+        return exact_velocity(x, t) - c[:, :, None, None]
+
+    guided = flow.guided(predict, condition, null, weight, interval=interval)
+    plain = flow.guided(predict, condition, null, 1.0)
+    for t in times:
+        added = weight - 1 if interval[0] <= t <= interval[1] else 0
+        assert torch.allclose(guided(noise, t), plain(noise, t) + added, atol=1e-5)
+        if not added:
+            assert torch.equal(guided(noise, t), plain(noise, t))
+    ran.clear()
+    x, evaluations = flow.integrate(guided, noise, times, solver)
+    assert sum(ran) / 50 == flow.passes(times, solver, weight, interval)
+    assert evaluations == len(ran) == 8 * (2 if solver == "heun" else 1)
+    if interval == (0.9, 0.95):                                      # between two steps: as without guidance, to the bit
+        assert torch.equal(x, flow.integrate(plain, noise, times, solver)[0])
+
+
+def test_passes_by_hand():
+    times = flow.time_grid(4, 1.0)                                   # 0, 1/4, 1/2, 3/4, 1
+    assert flow.passes(times, "euler", 1.0) == 4 and flow.passes(times, "euler", 2.0) == 8
+    assert flow.passes(times, "euler", 2.0, (0.25, 0.5)) == 6        # two of four with both branches
+    assert flow.passes(times, "heun", 2.0, (0.25, 0.5)) == 12        # at 0 1/4, 1/4 1/2, 1/2 3/4, 3/4 1: four of eight
+    assert flow.passes(times, "heun", 2.0, (0.8, 1)) == 9            # at the end of the last step alone
+
+
 def test_data_prediction_gives_the_same_samples_as_velocity():
     noise, _, _ = gaussian(100)
 

@@ -3,16 +3,19 @@ import json
 import shutil
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pydicom
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import data
 import fields
+import flow
 import hub
 import radit
 import sample
@@ -44,15 +47,72 @@ def test_a_seed_gives_one_image_at_any_batch_size_and_position(weights):
     model, decoder = sample.load_weights(weights)
     records = [{"age": 20.0 + i, "sex": "female"} for i in range(7)]
     seeds = [3, 1, 4, 159, 26, 5, 35]
-    together, evaluations = sample.generate(model, decoder, records, seeds, steps=4, batch=7)
+    together, evaluations = sample.generate(model, decoder, records, seeds, steps=4, batch=7, bf16=False)
     assert evaluations == 4 and together.shape == (7, 1, 32, 32)
     for batch in (1, 3):
-        apart, _ = sample.generate(model, decoder, records, seeds, steps=4, batch=batch)
+        apart, _ = sample.generate(model, decoder, records, seeds, steps=4, batch=batch, bf16=False)
         assert torch.allclose(apart, together, atol=1e-4)
-    backwards, _ = sample.generate(model, decoder, records[::-1], seeds[::-1], steps=4, batch=2)
+    backwards, _ = sample.generate(model, decoder, records[::-1], seeds[::-1], steps=4, batch=2, bf16=False)
     assert torch.allclose(backwards.flip(0), together, atol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.01
     assert sample.generate(model, decoder, records, seeds, steps=4, solver="heun")[1] == 8
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("interval", [(0, 1), (0.1, 0.8), (0.999, 0.9999)])
+def test_an_image_costs_the_passes_that_are_reported(weights, solver, interval):
+    model, decoder = sample.load_weights(weights)
+    ran = []
+    model.register_forward_hook(lambda module, inputs, output: ran.append(len(output)))
+    wishes = [{"sex": "male"}] * 5, list(range(5))
+    images, _ = sample.generate(model, decoder, *wishes, 7, 3.0, solver, 2, interval=interval)
+    assert sum(ran) == 5 * flow.passes(flow.time_grid(7, 2.0), solver, 3.0, interval)
+    unguided, _ = sample.generate(model, decoder, *wishes, 7, 1.0, solver, 2)
+    assert torch.equal(images, unguided) == (interval[0] == 0.999)   # no step lies there
+
+
+def test_bfloat16_gives_nearly_the_same_image(weights):
+    model, decoder = sample.load_weights(weights)
+    exact, rounded = (sample.generate(model, decoder, [{}] * 3, [0, 1, 2], 4, bf16=bf16)[0] for bf16 in (False, True))
+    assert exact.dtype == rounded.dtype == torch.float32
+    difference = (exact - rounded).square().mean().sqrt()
+    assert 1e-4 < difference < 0.05 * exact.std()                    # bfloat16 keeps 8 bits; not the same, but near
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that what is computed inside it holds at one time."""
+    def __init__(self, model):
+        super().__init__()
+        self.most, self.live = 0, {}                                 # storage -> bytes
+        self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.live and storage._cdata not in self.weights:  # no view
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+def test_the_batch_that_fits_is_estimated_from_what_a_forward_pass_holds(monkeypatch):
+    """768 tokens: attention is fused, as on a GPU."""
+    cfg = radit.RadiTConfig(channels=4, grid=(24, 32), width=128, depth=2, heads=2)
+    model = radit.RadiT(cfg).eval().requires_grad_(False)
+    with Peak(model) as peak:
+        model(torch.randn(4, 4, 24, 32), torch.rand(4), torch.full((4,), 50.0), torch.ones(4, 18, dtype=torch.long))
+    gpu, memory = torch.device("cuda"), 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+    for batch in (1, 2, 8, 64):
+        memory = 2 * batch * 2 * peak.most / 4                         # half of it would hold two branches of `batch` images
+        assert sample.fitting_batch(cfg, gpu) in (batch, max(batch // 2, 1))
+    memory = 0
+    assert sample.fitting_batch(cfg, gpu) == 1
+    memory = 1e15
+    assert sample.fitting_batch(cfg, gpu) == 64
+    assert sample.fitting_batch(cfg, torch.device("cpu")) == 16
 
 
 def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, command):
@@ -95,7 +155,8 @@ def test_like_asks_for_rows_of_an_index_and_writes_a_prepared_source(weights, tm
 
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", "-1"], "-1 is not a whole number above 0"), (["--n", "0"], "0 is not a whole number above 0"),
-    (["--steps", "many"], "invalid positive value: 'many'"), (["--guidance", "nan"], "--guidance nan is not a finite number"), (["--solver", "rk4"], "'euler', 'heun'"),
+    (["--steps", "many"], "invalid positive value: 'many'"), (["--guidance", "nan"], "--guidance nan is not a finite number"), (["--guidance-interval", "0.8", "0.1"], "--guidance-interval 0.8 0.1: not two times from 0 to 1"),
+    (["--guidance-interval", "nan", "1"], "not two times from 0 to 1"), (["--solver", "rk4"], "'euler', 'heun'"),
     (["--set", "colour=red"], "unknown field 'colour'; the fields are dataset, age"),
     (["--set", "pneumonia"], "not of the form FIELD=VALUE"),
     (["--view", "oblique"], "unknown value 'oblique' for view; accepted: AP, PA, LATERAL"),
@@ -139,7 +200,8 @@ def test_only_covered_values_pass():
 
 # --- cohorts: long runs ---------------------------------------------------------------------------------
 
-HOW = {"weights": "random", "fingerprint": "f" * 16, "steps": 2, "solver": "euler", "guidance": 2.0}
+HOW = {"weights": "random", "fingerprint": "f" * 16, "steps": 2, "solver": "euler", "guidance": 2.0,
+       "interval": [0, 1], "precision": "float32"}
 RECORDS, SEEDS = [{"age": 20.0 + i} for i in range(10)], list(range(5, 15))
 
 
