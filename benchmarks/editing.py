@@ -1,6 +1,6 @@
 """Does an edit do what it should, and no more? Held-out real radiographs, edited in several ways, all in one run.
 
-    python benchmarks/editing.py --data PREPARED... [--weights weights/demo] [--each 8] [--steps 6] [--seed 0]
+    python benchmarks/editing.py --data PREPARED... [--weights weights/demo] [--each 16] [--steps 6] [--seed 0]
 
 composition     nothing is changed: how far is the result from the original, beside the VAE's own reconstruction?
 effectiveness   the embedded classifier's probability of the value asked for, before, after, and in real images that have it;
@@ -21,6 +21,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, 
     """The baselines: guidance that amplifies every field, from the image's own noise; with a seed from fresh noise at 1 - depth
     (SDEdit, Meng et al. 2022)."""
     times = 1 - depth * (1 - flow.time_grid(steps, model.config.shift))
-    x = decoder.encode(images)[0] if decoder else images             # N C h w
+    x = edit.encode(decoder, images)                                 # N C h w
     seen = edit.conditions(model, factual)
     if seed is None:
         x = edit.follow(flow.guided(model, seen, seen, 1, model.config.prediction), x, times.flip(0), "heun")[-1]
@@ -65,16 +66,27 @@ def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, 
     return (decoder.decode(x) if decoder else x).clamp(-1, 1)        # N 1 H W
 
 
+def certain(decoder):
+    """The same VAE, but of its posterior the mean only."""
+    def encode(images):
+        mean = decoder.encode(images)[0]
+        return mean, torch.full_like(mean, -np.inf)
+    return SimpleNamespace(encode=encode, decode=decoder.decode)
+
+
 def methods(steps, seed):
     """name -> function(model, decoder, images, factual, counterfactual) -> images; the most telling first."""
     def factored(w, depth=1.0):
         return lambda *what: edit.edit(*what, guidance=w, steps=steps, depth=depth)
+    def from_mean(model, decoder, *what):
+        return edit.edit(model, certain(decoder), *what, guidance=2, steps=steps)
     def amplified(w, depth=1.0, seed=None):
         return lambda *what: plain(*what, w, depth, steps, seed)
-    return {"factored, guidance 2": factored(2), "factored, guidance 1": factored(1), "factored, guidance 4": factored(4),
-            "all amplified, guidance 2": amplified(2), "SDEdit, depth 0.5": amplified(2, .5, seed),
-            "SDEdit, depth 0.7": amplified(2, .7, seed), "SDEdit, depth 0.3": amplified(2, .3, seed),
-            "factored, 2, depth 0.75": factored(2, .75), "factored, 2, depth 0.5": factored(2, .5), "factored, guidance 3": factored(3)}
+    return {"factored, guidance 2": factored(2), "factored, guidance 4": factored(4), "factored, guidance 1": factored(1),
+            "all amplified, guidance 2": amplified(2), "SDEdit, depth 0.7": amplified(2, .7, seed),
+            "SDEdit, depth 0.5": amplified(2, .5, seed), "factored, 2, depth 0.5": factored(2, .5), "factored, guidance 3": factored(3),
+            "factored, 2, depth 0.75": factored(2, .75), "factored, 2, from VAE's mean": from_mean,
+            "SDEdit, depth 0.3": amplified(2, .3, seed)}
 
 
 def in_parts(method, model, decoder, images, factual, counterfactual, batch=16):
@@ -117,7 +129,7 @@ def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
-    parser.add_argument("--each", type=cli.positive, default=8, help="images of each edit")
+    parser.add_argument("--each", type=cli.positive, default=16, help="images of each edit")
     parser.add_argument("--steps", type=cli.positive, default=6, help="of Heun, in the second part")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -143,21 +155,22 @@ def main():
             distance = perceptual.perceptual_loss(judge.encoder, x, again)
         print(f"{name:28}{evaluations:>12}{rms(again, x).mean():14.2f}{rms(again, first).mean():16.2f}{distance.mean():20.5f}", flush=True)
 
-    sets = [choose(records, name, lambda r: True, 8, args.seed) for name in ("ChestX-ray14", "kermany", "hannover")]
+    sets = [choose(records, name, lambda r: True, 4, args.seed) for name in ("ChestX-ray14", "kermany", "hannover")]
     rows = list(itertools.chain.from_iterable(sets))
     x, facts = images[rows], [known[i] for i in rows]
     first = reconstruct(x)
-    print(f"\nNothing changed, guidance 1 (the baselines: 2); {len(rows)} images, 8 of each data set; evaluations of the velocity there and back")
+    print(f"\nNothing changed, guidance 1 (the baselines: 2); {len(rows)} images, 4 of each data set; evaluations of the velocity there and back")
     print(f"{'':28}{'evaluations':>12}{'RMS, original':>14}{'RMS, VAE':>16}{'perceptual distance':>20}")
     composition("the VAE alone", 0, lambda m, d, x, *_: reconstruct(x), x, first, facts)
     for solver, steps in (("euler", 10), ("euler", 25), ("heun", 3), ("heun", 6), ("heun", 12), ("heun", 25)):
         composition(f"{solver}, {steps} steps", 2 * steps * (1 + (solver == "heun")),
                     lambda *what: edit.edit(*what, guidance=1, steps=steps, solver=solver), x, first, facts)
     ways = methods(args.steps, args.seed)
-    for name in ("all amplified, guidance 2", "SDEdit, depth 0.3", "SDEdit, depth 0.5", "SDEdit, depth 0.7", "factored, 2, depth 0.5"):
+    for name in ("all amplified, guidance 2", "SDEdit, depth 0.3", "SDEdit, depth 0.5", "SDEdit, depth 0.7", "factored, 2, depth 0.5",
+                 "factored, 2, from VAE's mean"):
         composition(name, args.steps * (2 if "SDEdit" in name else 4), ways[name], x, first, facts)
 
-    side, half, jobs, summary = images.shape[-1], -(-args.each // 2), {}, {}
+    side, half, jobs = images.shape[-1], -(-args.each // 2), {}
     for name, (dataset, suits, field, value) in EDITS.items():
         chosen = choose(records, dataset, suits, args.each, args.seed)
         same = [i for i, r in enumerate(records) if r.get("dataset") == dataset and field in r
@@ -166,12 +179,13 @@ def main():
         # Labels that would contradict the change are settled as in training: no "no finding" beside a finding.
         new = sample.only_covered([fields.settle(record | {field: value}) for record in old], model.config.covered)
         real = of_target(ask(judge, images[same]), judge, field, value)[0].mean()
-        jobs[name] = images[chosen], first, old, new, field, value, ask(judge, first), real, len(same)
-    print(f"\nEdits, {args.each} images each, {args.steps} Heun steps there and {args.steps} forward; real: what the judge says of held-out images with the value")
-    head = ("before", "after", "real", "flipped", "others", "age", "RMS", "outside", "back")
-    print(f"{'':28}{'':24}" + "".join(f"{title:>9}" for title in head))
+        jobs[name] = images[chosen], first, old, new, field, value, ask(judge, first), real
+    print(f"\nEdits, {args.each} images each, {args.steps} Heun steps back and {args.steps} forward. Before, after, real: the probability of the value "
+          f"asked for, or the age in\nyears; real: of held-out images that have the value. Means: over the edits; of the first four columns over those not of age.")
+    print(f"{'':30}{'':22}" + "".join(f"{c:>9}" for c in ("before", "after", "real", "flipped", "others", "age", "RMS", "outside", "back")))
     for name, method in ways.items():
-        for what, (x, first, old, new, field, value, before, real, _) in jobs.items():
+        rows = {}
+        for what, (x, first, old, new, field, value, before, real) in jobs.items():
             edited = in_parts(method, model, decoder, x, old, new)
             after = ask(judge, edited)
             (p, saw), (q, sees) = (of_target(answer, judge, field, value) for answer in (before, after))
@@ -187,19 +201,15 @@ def main():
                 region[top:bottom, left:right] = 0
                 outside = rms(edited, first, region).mean().item()
             back = in_parts(method, model, decoder, edited[:half], new[:half], old[:half])
-            row = (p.mean(), q.mean(), real, flipped, others, years, rms(edited, first).mean().item(), outside,
-                   rms(back, first[:half]).mean().item())
-            summary.setdefault(name, {})[what] = row
-            print(f"{name:28}{what:24}" + "".join(f"{value:9.2f}" if np.isfinite(value) else f"{'-':>9}" for value in row), flush=True)
+            rows[what] = (p.mean(), q.mean(), real, flipped, others, years, rms(edited, first).mean().item(), outside,
+                          rms(back, first[:half]).mean().item())
+            show(name, what, rows[what])
+        every, coded = (np.array(part) for part in (list(rows.values()), [row for what, row in rows.items() if jobs[what][4] != "age"]))
+        show(name, "mean", (*np.nanmean(coded[:, :4], 0), *np.nanmean(every[:, 4:], 0)))
 
-    print(f"\nMeans over the edits; `off`: years from the age asked for, the judge's own error on real images of that age included")
-    print(f"{'':28}" + "".join(f"{title:>9}" for title in ("before", "after", "real", "flipped", "off", "others", "age", "RMS", "outside", "back")))
-    for name, rows in summary.items():
-        coded = np.array([row for what, row in rows.items() if jobs[what][4] != "age"])
-        off = np.mean([abs(row[1] - jobs[what][5]) for what, row in rows.items() if jobs[what][4] == "age"])
-        every = np.nanmean(np.array(list(rows.values())), 0)
-        row = (*np.nanmean(coded[:, :4], 0), off, *every[4:])
-        print(f"{name:28}" + "".join(f"{value:9.2f}" for value in row))
+
+def show(name, what, row):
+    print(f"{name:30}{what:22}" + "".join(f"{value:9.2f}" if np.isfinite(value) else f"{'-':>9}" for value in row), flush=True)
 
 
 if __name__ == "__main__":
