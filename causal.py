@@ -94,9 +94,13 @@ def to_do(model, do):
 
 
 def sample(model, n, do={}, seed=0):
-    """n whole patients as records, patient i from seed + i alone; do: field -> value, set by intervention."""
+    """n whole patients as records, patient i from seed + i alone; do: field -> value, set by intervention for all, or a list
+    of n such dicts, one a patient, that set the same fields."""
     noise = seeded(torch.randn, len(model.names), (2 * (seed + i) + 1 for i in range(n)))
-    return to_records(model, model.predict(noise, to_do(model, do)))
+    if isinstance(do, dict):
+        return to_records(model, model.predict(noise, to_do(model, do)))
+    places = [to_do(model, one) for one in do]
+    return to_records(model, model.predict(noise, {name: noise.new_tensor([one[name] for one in places]) for name in places[0]}))
 
 
 def counterfactual(model, records, do, seed=0):

@@ -114,7 +114,7 @@ def infer(record, image, covered):
             chance, index = x[0].softmax(0).max(0)
             found[field] = values[index], chance.item()
     for field, (value, chance) in found.items():
-        if field not in record and not sample.uncovered(field, value, covered):
+        if field not in record and not fields.uncovered(field, value, covered):
             print(f"inferred {field}={value}" + (f", probability {chance:.2f}" if chance else ", within about 13 years"))
             record = record | {field: value}
     return record
@@ -160,7 +160,7 @@ def parse(items, flag, model):
         field, text = item.split("=", 1)
         if (value := fields.parse_value(field, text, model.config.datasets)) is not None:
             record[field] = value
-    sample.check_covered(record, model.config.covered)
+    fields.check_covered(record, model.config.covered)
     return record
 
 
@@ -213,7 +213,7 @@ def main():
     mask = read_mask(args.mask or args.keep, size) if args.mask or args.keep else None
     mask = 1 - mask if args.keep else mask
     given = infer(given, image, model.config.covered) if args.infer else given
-    records = sample.only_covered([act(given, wish, args.causal) for wish in wishes], model.config.covered)
+    records = fields.only_covered([act(given, wish, args.causal) for wish in wishes], model.config.covered)
     if not args.sweep and mask is None and records[0] == given:
         raise InputError(f"--set {' '.join(args.set)}: that is what is given or inferred already, so there is nothing to change")
     for record in records:

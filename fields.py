@@ -85,6 +85,29 @@ def coverage(records):
     return covered | ({"age": [min(ages), max(ages)]} if ages else {})
 
 
+def uncovered(field, value, covered):
+    """Why the weights cannot be asked for field = value: the training data never held it. None if they can."""
+    if field not in covered:
+        return f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}"
+    if field == "age":
+        low, high = covered["age"]
+        return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+    if value not in covered[field]:
+        return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
+
+
+def check_covered(record, covered):
+    """Refuses a field or value that the training data never held."""
+    for item in record.items():
+        if reason := uncovered(*item, covered):
+            raise InputError(reason)
+
+
+def only_covered(records, covered):
+    """The records without what the training data never held, which the model can only be asked for as unknown."""
+    return [{field: value for field, value in record.items() if not uncovered(field, value, covered)} for record in records]
+
+
 # A consolidated lung is opaque and a large heart widens the mediastinum: CheXpert's labels are a tree with two parents.
 PARENTS = {"lung_opacity": ("edema", "consolidation", "pneumonia", "atelectasis"),
            "enlarged_cardiomediastinum": ("cardiomegaly",)}

@@ -126,13 +126,17 @@ def load_image(path):
     return torch.from_numpy(array.astype(np.float32) / white)[None] * 2 - 1
 
 
+def to_bytes(image):
+    """A (1, H, W) float image in [-1, 1] as the (H, W) uint8 array that files hold."""
+    return ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+
+
 def save_image(image, path, text=None):
     """Writes a (1, H, W) float image in [-1, 1] as an 8-bit grey PNG, `text` (a dict) into its text fields."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    array = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(array).save(f"{path}.tmp", "PNG", pnginfo=info)
+    Image.fromarray(to_bytes(image)).save(f"{path}.tmp", "PNG", pnginfo=info)
     os.replace(f"{path}.tmp", path)
 
 

@@ -3,14 +3,20 @@
     python sample.py                                              16 pictures from the embedded weights
     python sample.py --view PA --sex female --age 60 --set pneumonia=positive --n 4 --out out/women
     python sample.py --causal --do cardiomegaly=positive          whole patients of the causal model, one field set
+    python sample.py --balance sex,age --n 10000 --out cohort     whole cohorts; cohort.py says of whom
+    torchrun --nproc_per_node=8 sample.py ...                     the same images, shared among GPUs
+    python sample.py push WEIGHTS ORG/NAME                        publish weights on the Hugging Face Hub
 
 Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
 that are not given are unknown to the model; with none given at all, each image asks for the metadata of an example
 that config.json holds. A value that the training data never covered is refused. Every file says that it is synthetic.
+The same command again continues what was interrupted, to the same bytes; another command's folder is refused.
 """
+import hashlib
 import json
 import math
-import random
+import os
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +24,9 @@ from tqdm import tqdm
 
 import causal
 import cli
+import cohort
 import data
+import dicom
 import fields
 import flow
 import hub
@@ -44,37 +52,6 @@ def load_weights(folder):
     return model, decoder
 
 
-def uncovered(field, value, covered):
-    """Why the weights cannot be asked for field = value: the training data never held it. None if they can."""
-    if field not in covered:
-        return f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}"
-    if field == "age":
-        low, high = covered["age"]
-        return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
-    if value not in covered[field]:
-        return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
-
-
-def check_covered(record, covered):
-    """Refuses a field or value that the training data never held."""
-    for item in record.items():
-        if reason := uncovered(*item, covered):
-            raise InputError(reason)
-
-
-def only_covered(records, covered):
-    """The records without what the training data never held, which the model can only be asked for as unknown."""
-    return [{field: value for field, value in record.items() if not uncovered(field, value, covered)} for record in records]
-
-
-def patients(folder, do, n, seed, covered):
-    """n records from a causal model under the interventions `do` ("FIELD=VALUE", ...)."""
-    model = causal.load(folder)
-    do = causal.parse_do(do, model)
-    check_covered(do, covered)
-    return causal.sample(model, n, do, seed)
-
-
 @torch.no_grad()
 def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="euler", batch=16, report=None):
     """One image for each record (dict of field -> value) and seed: (N, 1, H, W) in [-1, 1], and the number of
@@ -94,29 +71,84 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
     return torch.cat(images), evaluations
 
 
-def write_samples(out, images, records, seeds, weights):
-    """OUT/images/0000.png ..., grid.png, metadata.csv, and index.csv as a prepared source has it, so that data.py, metrics.py
-    and classifier.py read OUT like any other. The tables come last, when all pictures are there."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    rows, index = [], []
-    for i, (image, record, seed) in enumerate(zip(images, records, seeds)):
-        text = {"Synthetic": "yes", "Software": "RadiT", "Weights": weights, "Seed": str(seed), "Metadata": json.dumps(record)}
-        name = f"images/{i:04}.png"
-        radiograph.save_image(image, out / name, text)
-        rows.append([name, seed, *(record.get(field, "") for field in fields.FIELDS)])
-        index.append(data.index_row(record | {"path": name, "patient": f"synthetic-{seed}", "split": "train"}))
-    radiograph.save_image(radiograph.grid(images), out / "grid.png", {"Synthetic": "yes", "Software": "RadiT", "Weights": weights})
+def how_drawn(weights, **settings):
+    """What decides a picture beside its metadata and its seed, as every file of it says: a name and the fingerprint of the
+    weights (`weights`, a folder here or on the Hub), and settings such as steps and guidance."""
+    name = weights.name if weights.is_dir() else str(weights)
+    return {"weights": name, "fingerprint": hub.fingerprint(weights / "radit"), **settings}
+
+
+def text_fields(how, **more):
+    """The text fields of a PNG: that it is synthetic, and what decided it."""
+    return {"Synthetic": "yes", "Software": "RadiT", **{key.capitalize(): str(value) for key, value in (how | more).items()}}
+
+
+def write_image(out, name, image, record, seed, how, as_dicom=False):
+    """OUT/images/NAME.png, and before it OUT/dicom/NAME.dcm: where the PNG is, the image is there whole."""
+    if as_dicom:
+        words = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("weights", "fingerprint"))
+        dicom.write(out / f"dicom/{name}.dcm", image, record, f"{how['weights']} {how['fingerprint']}", seed, words)
+    radiograph.save_image(image, out / f"images/{name}.png", text_fields(how, seed=seed, metadata=json.dumps(record)))
+
+
+def write_tables(out, names, records, seeds, how):
+    """OUT/grid.png of the first 64, metadata.csv, and index.csv as a prepared source has it, so that data.py, metrics.py and
+    classifier.py read OUT like any other. They come last, when all pictures are there."""
+    first = torch.stack([radiograph.load_image(out / f"images/{name}.png") for name in names[:64]])  # N 1 H W
+    radiograph.save_image(radiograph.grid(first), out / "grid.png", text_fields(how))
+    rows = ([f"images/{name}.png", seed, *(record.get(field, "") for field in fields.FIELDS)]
+            for name, record, seed in zip(names, records, seeds))
     cli.write_csv(out / "metadata.csv", ["file", "seed", *fields.FIELDS], rows)
+    index = (data.index_row(record | {"path": f"images/{name}.png", "patient": f"synthetic-{seed}", "split": "train"})
+             for name, record, seed in zip(names, records, seeds))
     cli.write_csv(out / "index.csv", data.COLUMNS, index)
 
 
-def records_like(folders, splits, count, seed):
-    """The metadata of `count` rows of real indices, in an order that depends on the seed; all are used before any twice."""
-    rows = [record for folder in folders for record in data.read_index(folder) if not splits or record["split"] in splits]
-    if not rows:
-        raise InputError(f"{', '.join(map(str, folders))}: no row in the split {' or '.join(splits)}")
-    order = [i for n in range(-(-count // len(rows))) for i in random.Random(seed + n).sample(range(len(rows)), len(rows))]
-    return [{field: rows[i][field] for field in fields.FIELDS if field in rows[i]} for i in order[:count]]
+def open_folder(out, about, rank=0):
+    """Makes OUT ready for the pictures that `about` describes. Refuses one that holds pictures of anything else, or unknown ones:
+    what is there already will not be drawn again."""
+    table = out / "sample.json"
+    out.mkdir(parents=True, exist_ok=True)
+    while rank and not table.exists():  # the first process looks before anybody writes
+        time.sleep(0.1)
+    if not table.exists() and any((out / "images").glob("*")):
+        raise InputError(f"{out}/images holds pictures that this command did not draw; delete them, or name another --out")
+    before = json.loads(table.read_text()) if table.exists() else about
+    for key in {**about, **before}:
+        if before.get(key) != about.get(key):
+            raise InputError(f"{out} holds pictures of another command, with {key} = {before.get(key)}, not {about.get(key)}; "
+                             "delete it, or name another --out")
+    for folder in ["images"] + ["dicom"] * about["dicom"]:
+        (out / folder).mkdir(exist_ok=True)
+    if not table.exists():
+        cli.write_json(table, about)
+
+
+def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, rank=0, world=1):
+    """Draws one image for each record and seed into OUT and writes each as it is made; the same call continues what was
+    interrupted, to the same bytes. Returns how many images were drawn now and the velocity evaluations each cost.
+
+    Batches begin at every batch-th image whatever is there already, and a batch of which one image is missing is drawn
+    whole: its size moves results by a rounding error, which can move a pixel by one level. Process `rank` of `world` takes
+    every world-th batch; the first waits for the others and writes the tables.
+    """
+    digest = hashlib.sha256(json.dumps([records, seeds]).encode()).hexdigest()[:16]
+    open_folder(out, how | {"images": len(seeds), "first seed": seeds[0], "batch": batch, "dicom": as_dicom, "metadata": digest}, rank)
+    names = [f"{i:0{max(4, len(str(len(seeds) - 1)))}}" for i in range(len(seeds))]
+    missing = [i for i, name in enumerate(names) if not (out / f"images/{name}.png").exists()]
+    mine = [start for start in sorted({i // batch * batch for i in missing}) if start // batch % world == rank]
+    steps = how["steps"] * (2 if how["solver"] == "heun" else 1)
+    with tqdm(total=len(mine) * steps, unit="step", disable=rank > 0 or not mine) as bar:
+        for start in mine:
+            part = slice(start, start + batch)
+            images, _ = generate(model, decoder, records[part], seeds[part], how["steps"], how["guidance"], how["solver"], batch, bar.update)
+            for item in zip(names[part], images, records[part], seeds[part]):
+                write_image(out, *item, how, as_dicom)
+    while rank == 0 and any(not (out / f"images/{names[i]}.png").exists() for i in missing):  # the other processes' share
+        time.sleep(0.5)
+    if rank == 0:
+        write_tables(out, names, records, seeds, how)
+    return len(missing), steps
 
 
 def main():
@@ -126,7 +158,7 @@ def main():
                                 f"{', '.join(fields.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
     parser.add_argument("--weights", type=Path, default=DEMO,
                         help="a folder that holds radit/ and vae/, or its name on the Hub")
-    parser.add_argument("--n", type=cli.positive, default=16, help="how many images")
+    parser.add_argument("--n", type=cli.positive, help="how many images: 16, or all rows of --metadata")
     parser.add_argument("--steps", type=cli.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
@@ -135,14 +167,21 @@ def main():
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
-    parser.add_argument("--like", nargs="+", type=Path, help="ask for the metadata of rows of these prepared sources")
+    whom = parser.add_mutually_exclusive_group()
+    whom.add_argument("--metadata", type=Path, metavar="FILE.csv", help="one image a row; columns as in metadata.csv or index.csv")
+    whom.add_argument("--like", nargs="+", type=Path, help="ask for the metadata of rows of these prepared sources")
+    whom.add_argument("--balance", metavar="FIELD,FIELD", help="as many images of each combination of these fields, age in bands")
     parser.add_argument("--split", nargs="+", choices=data.SPLITS, help="of --like")
     parser.add_argument("--causal", type=Path, nargs="?", const=DEMO / "causal", metavar="MODEL",
-                        help="draw whole patients from a causal model; without MODEL from the embedded one")
+                        help="draw whole patients from a causal model, without MODEL from the embedded one; with --balance, "
+                             "which takes causal/ beside the weights if there, another")
     parser.add_argument("--do", action="append", default=[], metavar="FIELD=VALUE", help="with --causal: intervene")
+    parser.add_argument("--dicom", action="store_true", help="write OUT/dicom/*.dcm beside the PNGs")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
 
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_: None
     model, decoder = load_weights(args.weights)
     cfg = model.config
     asked = {field: getattr(args, field) for field in ("dataset", "age", "sex", "race", "view") if getattr(args, field)}
@@ -152,37 +191,54 @@ def main():
         asked |= [item.split("=", 1)]
     asked = {field: fields.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
     asked = {field: value for field, value in asked.items() if value is not None}
-    check_covered(asked, cfg.covered)
+    fields.check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
-    seeds = list(range(args.seed, args.seed + args.n))
-    records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
+    if not 0 <= args.seed < 2 ** 62:
+        raise InputError(f"--seed {args.seed} is not from 0 to 2^62")
     if args.do and not args.causal:
         raise InputError("--do intervenes on a causal model: give --causal too, or --set for a mere wish")
-    if args.causal and (asked or args.like):
-        raise InputError("--causal draws every field itself; set one by --do, without --like")
-    if args.causal or args.like:
-        if args.causal:
-            records = patients(args.causal, args.do, args.n, args.seed, cfg.covered)
-        else:
-            records = [record | asked for record in records_like(args.like, args.split, args.n, args.seed)]
-        wanted, records = records, only_covered(records, cfg.covered)
-        if wanted != records:
-            print(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
-                  f"training of these weights and stay unknown")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.do and args.balance:
+        raise InputError("--balance sets its own fields: give a --set for a mere wish instead of --do")
+    if args.causal and (asked or args.like or args.metadata) and not args.balance:
+        raise InputError("--causal draws every field itself; set one by --do, without --like or --metadata")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = args.n or 16
+    seeds = list(range(args.seed, args.seed + n))
+    if args.metadata:
+        records, own = cohort.read_rows(args.metadata, cfg.datasets, cfg.covered)
+        records = [record | asked for record in records[:args.n]]
+        seeds = [args.seed + i if seed is None else seed for i, seed in enumerate(own[:args.n])]
+    elif args.like:
+        records = [record | asked for record in cohort.records_like(args.like, args.split, n, args.seed)]
+    elif args.balance:
+        patients = args.causal or args.weights / "causal"
+        patients = causal.load(patients) if args.causal or hub.find(patients, "config.json") else None
+        names = args.balance.split(",")
+        if twice := asked.keys() & set(names):
+            raise InputError(f"--balance {args.balance} sets {', '.join(twice)} itself; ask for other fields only")
+        records, cells, left_out = cohort.balanced(names, n, args.seed, cfg.covered, patients)
+        records = [record | asked for record in records]
+        say(f"{len(cells)} combinations of {', '.join(names)}, {n // len(cells)}{f' or {n // len(cells) + 1}' if n % len(cells) else ''} images each"
+            + (f"; not covered, so left out: {', '.join(left_out)}" if left_out else "")
+            + ("" if patients else "; no causal model beside the weights, so all other fields are unknown"))
+    elif args.causal:
+        records = cohort.patients(causal.load(args.causal), args.do, n, args.seed, cfg.covered)
+    else:
+        records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
+    wanted, records = records, fields.only_covered(records, cfg.covered)
+    if wanted != records:
+        say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
+            f"training of these weights and stay unknown")
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model.to(device)
     if decoder:
         decoder.to(device)
-    batches = -(-args.n // args.batch)
-    with tqdm(total=batches * args.steps * (2 if args.solver == "heun" else 1), unit="step") as bar:
-        images, evaluations = generate(model, decoder, records, seeds, args.steps, args.guidance, args.solver, args.batch,
-                                       report=bar.update)
-    write_samples(args.out, images, records, seeds, args.weights.name)
-    print(f"{args.n} images in {args.out}, {evaluations} velocity evaluations each; "
-          f"what each was asked to show is in {args.out}/metadata.csv")
+    how = how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance)
+    drawn, evaluations = draw(args.out, model, decoder, records, seeds, how, args.batch, args.dicom, rank, world)
+    say(f"{len(seeds)} images in {args.out}, {drawn} of them drawn now, {evaluations} velocity evaluations each; "
+        f"what each was asked to show is in {args.out}/metadata.csv")
 
 
 if __name__ == "__main__":

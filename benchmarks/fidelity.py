@@ -66,7 +66,7 @@ def main():
     a, b = ([i for i, record in enumerate(records) if (record["patient"] in first) == side] for side in (True, False))
 
     known = [{field: value for field, value in records[i].items() if field in fields.FIELDS} for i in b]
-    asked = sample.only_covered(known, model.config.covered)
+    asked = fields.only_covered(known, model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
     with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
         drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
@@ -90,7 +90,11 @@ def main():
         print(f"{name:34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*value):>18}" for value in row.values()))
 
     with tempfile.TemporaryDirectory() as folder:
-        sample.write_samples(Path(folder), drawn, asked, seeds, args.weights.name)
+        how, names = sample.how_drawn(args.weights, steps=25, solver="euler", guidance=2.0), [f"{i:04}" for i in range(len(b))]
+        (Path(folder) / "images").mkdir()
+        for item in zip(names, drawn, asked, seeds):
+            sample.write_image(Path(folder), *item, how)
+        sample.write_tables(Path(folder), names, asked, seeds, how)
         shown = classifier.Labelled([folder], None, judge.config.datasets)
         synthetic = classifier.measure(shown, classifier.predict(judge, shown), judge.config)
     held_out = classifier.Labelled(args.data, None, judge.config.datasets)

@@ -1,8 +1,11 @@
 import csv
 import json
 import shutil
+import sys
+import threading
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +68,8 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
     assert image.mode == "L" and image.size == (32, 32)
     assert image.text["Synthetic"] == "yes" and image.text["Seed"] == "41" and image.text["Weights"] == "random"
     assert json.loads(image.text["Metadata"]) == {"age": 44.0, "sex": "female", "pneumonia": "positive"}
+    assert image.text["Fingerprint"] == hub.fingerprint(weights / "radit") and image.text["Guidance"] == "2.0"
+    assert image.text["Steps"] == "2" and image.text["Solver"] == "euler"
     assert Image.open(tmp_path / "out/grid.png").size == (64, 64)
 
 
@@ -126,10 +131,94 @@ def test_broken_weights_are_refused(weights, tmp_path, command):
 
 def test_only_covered_values_pass():
     covered = {"sex": {"male": 3}, "age": [20, 80]}
-    assert sample.uncovered("sex", "male", covered) is None and sample.uncovered("age", 80.0, covered) is None
-    assert "sex=female was not covered" in sample.uncovered("sex", "female", covered)
-    assert "age 19 was not covered" in sample.uncovered("age", 19.0, covered)
-    assert "says nothing of view" in sample.uncovered("view", "PA", covered)
+    assert fields.uncovered("sex", "male", covered) is None and fields.uncovered("age", 80.0, covered) is None
+    assert "sex=female was not covered" in fields.uncovered("sex", "female", covered)
+    assert "age 19 was not covered" in fields.uncovered("age", 19.0, covered)
+    assert "says nothing of view" in fields.uncovered("view", "PA", covered)
+
+
+# --- cohorts: long runs ---------------------------------------------------------------------------------
+
+HOW = {"weights": "random", "fingerprint": "f" * 16, "steps": 2, "solver": "euler", "guidance": 2.0}
+RECORDS, SEEDS = [{"age": 20.0 + i} for i in range(10)], list(range(5, 15))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(weights, tmp_path, monkeypatch):
+    model, decoder = sample.load_weights(weights)
+    assert sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (10, 2)
+    expected = contents(tmp_path / "a")
+    assert {"images/0009.png", "dicom/0009.dcm", "index.csv", "metadata.csv", "grid.png"} < set(expected) and len(expected) == 24
+    generate, calls = sample.generate, []
+
+    def stopped(*arguments):
+        calls.append(arguments[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(sample, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True)
+    assert len(list((tmp_path / "b/images").iterdir())) == 4 and not (tmp_path / "b/index.csv").exists()
+    (tmp_path / "b/images/0002.png").unlink()                        # stopped in the midst of a batch
+    assert sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (7, 2)
+    assert calls[2:] == [SEEDS[:4], SEEDS[4:8], SEEDS[8:]]           # whole batches, at the same places
+    assert contents(tmp_path / "b") == expected
+    assert sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (0, 2) and len(calls) == 5
+
+
+def test_two_processes_give_the_images_of_one(weights, tmp_path):
+    """As torchrun would start them, each with its rank; the second starts first, and waits until the first has looked."""
+    models = [sample.load_weights(weights) for _ in range(2)]
+    sample.draw(tmp_path / "one", *models[0], RECORDS, SEEDS, HOW, 3)
+    second = threading.Thread(target=sample.draw, args=(tmp_path / "two", *models[1], RECORDS, SEEDS, HOW, 3, False, 1, 2))
+    second.start()
+    sample.draw(tmp_path / "two", *models[0], RECORDS, SEEDS, HOW, 3, False, 0, 2)
+    second.join()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_pictures_of_another_command_are_never_mixed_in(weights, tmp_path):
+    model, decoder = sample.load_weights(weights)
+    sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW)
+    before = contents(tmp_path / "a")
+    for records, seeds, how, key in ((RECORDS[:5], SEEDS[:5], HOW, "images = 10, not 5"), (RECORDS[::-1], SEEDS, HOW, "metadata = "),
+                                     (RECORDS, SEEDS, HOW | {"steps": 3}, "steps = 2, not 3")):
+        with pytest.raises(cli.InputError, match=key):
+            sample.draw(tmp_path / "a", model, decoder, records, seeds, how)
+    assert contents(tmp_path / "a") == before
+    (tmp_path / "a/sample.json").unlink()
+    with pytest.raises(cli.InputError, match="pictures that this command did not draw"):
+        sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW)
+
+
+def main(monkeypatch, weights, out, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--weights", str(weights), "--steps", "1", "--out", str(out), *map(str, arguments)])
+    sample.main()
+    return list(csv.DictReader(open(out / "metadata.csv")))
+
+
+def test_a_sample_s_own_table_draws_the_same_sample(weights, tmp_path, monkeypatch):
+    rows = main(monkeypatch, weights, tmp_path / "a", "--n", 5, "--seed", 9)
+    assert main(monkeypatch, weights, tmp_path / "b", "--metadata", tmp_path / "a/metadata.csv") == rows
+    for name in ("images/0000.png", "images/0004.png", "index.csv", "grid.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert len(main(monkeypatch, weights, tmp_path / "c", "--metadata", tmp_path / "a/index.csv", "--n", 3)) == 3
+
+
+def test_a_balanced_cohort_with_dicom(weights, tmp_path, monkeypatch, capsys):
+    rows = main(monkeypatch, weights, tmp_path / "a", "--balance", "sex,age", "--n", 11, "--view", "PA", "--dicom")
+    said = capsys.readouterr().out
+    assert "10 combinations of sex, age, 1 or 2 images each" in said and "no causal model beside the weights" in said
+    assert [row["sex"] for row in rows] == ["female"] * 5 + ["male"] * 5 + ["female"] and {row["view"] for row in rows} == {"PA"}
+    ds = pydicom.dcmread(tmp_path / "a/dicom/0007.dcm")
+    assert (ds.PatientSex, ds.ViewPosition, int(ds.PatientAge[:3])) == ("M", "PA", int(float(rows[7]["age"])))
+    assert np.array_equal(ds.pixel_array, np.asarray(Image.open(tmp_path / "a/images/0007.png")))
+    assert hub.fingerprint(weights / "radit") in ds.DerivationDescription and "steps 1" in ds.DerivationDescription
 
 
 # --- the embedded weights -------------------------------------------------------------------------------
