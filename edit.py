@@ -1,6 +1,6 @@
 """Counterfactual editing: the same radiograph, had one thing been different.
 
-    1  encode      z = the VAE's mean of the image, at t = 1
+    1  encode      z = a draw from the VAE's posterior of the image, at t = 1
     2  abduct      follow dx/dt = v(x, t, factual metadata) back to t = 1 - depth: the noise that explains this image
     3  act         set what is asked; its descendants follow from the causal model
     4  predict     follow v(x, t) = v(x, t, rest) + w (v(x, t, all) - v(x, t, rest)) forward to t = 1, and decode
@@ -55,6 +55,16 @@ def follow(velocity, x, times, solver):
     return path
 
 
+def encode(decoder, images, seed=0):
+    """The latents (N, C, h, w) of images: a draw from the VAE's posterior, not its mean, as the transformer was trained on draws.
+    The mean lacks their noise, so it looks like no training latent, and less noise than the flow's is found behind it. Every
+    image gets the same draw, whatever its batch."""
+    if not decoder:
+        return images
+    mean, logvar = decoder.encode(images)                            # N C h w
+    return mean + (0.5 * logvar).exp() * torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(mean.device)
+
+
 @torch.no_grad()
 def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25, solver="heun", depth=1.0, mask=None, seed=None):
     """Images (N, 1, H, W) in [-1, 1] with their records, as the records `counterfactual` would have them: (N, 1, H, W).
@@ -64,7 +74,7 @@ def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25
     """
     cfg = model.config
     times = 1 - depth * (1 - flow.time_grid(steps, cfg.shift))       # from 1 - depth to 1
-    x = decoder.encode(images)[0] if decoder else images             # N C h w
+    x = encode(decoder, images)                                      # N C h w
     rest = [{f: v for f, v in new.items() if old.get(f) == v} for old, new in zip(factual, counterfactual)]
     seen = conditions(model, factual)
     back = follow(flow.guided(model, seen, seen, 1, cfg.prediction), x, times.flip(0), solver)[::-1]
