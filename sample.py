@@ -193,8 +193,8 @@ def main():
                         help="guide only for t in it, such as 0.1 0.8: elsewhere half the work is saved")
     parser.add_argument("--batch", type=cli.positive, help="images at a time; as many as fit, if not given")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16; where it is faster, if not given")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and about a "
-                        "minute: pays from some thousand images on")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and a minute "
+                        "or two: pays from some hundred images on")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
