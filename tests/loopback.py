@@ -79,7 +79,7 @@ def handler(root, requests, drops):
                 asked = json.loads(body)
                 folder = root / asked["organization"] / asked["name"]
                 if folder.exists():
-                    return self.answer({"error": "You already created this model repo"}, 409)
+                    return self.answer({"error": "You already created this model repo", "url": f"{here}/{asked['organization']}/{asked['name']}"}, 409)
                 folder.mkdir(parents=True)
                 return self.answer({"url": f"{here}/{asked['organization']}/{asked['name']}"})
             if match := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):

@@ -136,12 +136,13 @@ def test_a_misspelt_path_asks_nobody(tmp_path, monkeypatch):
     (tmp_path / "runs/vae").mkdir(parents=True)
     (tmp_path / "runs/vae/b").write_text("b")
     asked = []
-    monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args: asked.append(args))
-    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args: "/".join(args))
+    monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args, **at: asked.append((*args, at["revision"])))
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args, **at: "/".join(args))
     assert hub.find("runs/vae", "a", "b") == Path("runs/vae/b")
     for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae"):
         assert hub.find(place, "a") is None and not asked
-    assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a")]
+    assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a", None)]
+    assert hub.find("org/name@v1/radit", "a") and asked[1] == ("org/name", "radit/a", "v1")
 
 
 LOAD = """
