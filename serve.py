@@ -195,7 +195,8 @@ class Handler(BaseHTTPRequestHandler):
                 with server.turn:
                     server.turn.wait_for(lambda: server.waiting.index(ticket) != place, timeout=1)
             seeds = range(seed, seed + n)
-            records = [record or server.model.config.examples[seed % len(server.model.config.examples)] for seed in seeds]
+            examples = server.model.config.examples or [{}]          # trained without any metadata
+            records = [record or examples[seed % len(examples)] for seed in seeds]
             how = server.how | {"steps": steps, "guidance": guidance}
             done, of = 0, -(-n // AT_A_TIME) * steps
             def step():
