@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import huggingface_hub
-import radit
+
 from cli import InputError, Parser
 
 PARTS = ("radit", "vae", "causal", "classifier")
@@ -54,9 +54,9 @@ def metrics_section(report):
     return f"Protocol: {protocol}. Compare only under the same one.{warnings}\n\n{text}"
 
 
-def model_card(repository, config, licence, metrics=None, notes=""):
+def model_card(repository, model, licence, metrics=None, notes=""):
     """The README.md of a repository on the Hub: a YAML header and the sections named above."""
-    size = sum(parameter.numel() for parameter in radit.RadiT(config).parameters())
+    config, size = model.config, sum(parameter.numel() for parameter in model.parameters())
     cells = f"{config.grid[0]}x{config.grid[1]} {'latent cells' if config.vae else 'pixels'}"
     return f"""---
 license: {licence}
@@ -99,11 +99,11 @@ worse or not at all. Whether training images were learnt by heart is to be check
 """ + (f"\n{notes}" if notes else "")
 
 
-def push(folder, repository, config, licence="other", metrics=None):
-    """Publishes `folder`, whose radit/ has this config; returns the address of the commit. Raises InputError in one line."""
+def push(folder, repository, model, licence="other", metrics=None):
+    """Publishes `folder`, whose radit/ is `model`; returns the address of the commit. Raises InputError in one line."""
     readme = folder / "README.md"
     notes = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    card = notes if notes.startswith("---\n") else model_card(repository, config, licence, metrics, notes)  # a card of its own stays
+    card = notes if notes.startswith("---\n") else model_card(repository, model, licence, metrics, notes)  # a card of its own stays
     files = [file for part in PARTS for file in sorted((folder / part).glob("*")) if file.suffix in (".json", ".safetensors")]
     files += sorted(folder.glob("*.png")) if notes else []
     add = [huggingface_hub.CommitOperationAdd(str(file.relative_to(folder)), file) for file in files]
@@ -134,4 +134,4 @@ def main(arguments, load_weights):
     except ValueError:
         raise InputError(f"{args.metrics}: not a file of metrics.py --json") from None
     model, _ = load_weights(folder)
-    print(push(folder, args.repository, model.config, args.license, metrics))
+    print(push(folder, args.repository, model, args.license, metrics))

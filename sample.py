@@ -193,8 +193,8 @@ def main():
                         help="guide only for t in it, such as 0.1 0.8: elsewhere half the work is saved")
     parser.add_argument("--batch", type=cli.positive, help="images at a time; as many as fit, if not given")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16; where it is faster, if not given")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and about a "
-                        "minute: pays from some thousand images on")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and a minute "
+                        "or two: pays from some hundred images on")
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
@@ -236,8 +236,9 @@ def main():
     if args.causal and (asked or args.like or args.metadata) and not args.balance:
         raise InputError("--causal draws every field itself; set one by --do, without --like or --metadata")
 
-    n = args.n or 16
+    n, threads = args.n or 16, torch.get_num_threads()
     seeds = list(range(args.seed, args.seed + n))
+    torch.set_num_threads(1)                                         # the causal model's matrices are small: a second thread only waits
     if args.metadata:
         records, own = cohort.read_rows(args.metadata, cfg.datasets, cfg.covered)
         records = [record | asked for record in records[:args.n]]
@@ -258,7 +259,9 @@ def main():
     elif args.causal:
         records = cohort.patients(causal.load(args.causal), args.do, n, args.seed, cfg.covered)
     else:
-        records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
+        examples = cfg.examples or [{}]                              # trained without any metadata
+        records = [asked or examples[seed % len(examples)] for seed in seeds]
+    torch.set_num_threads(threads)
     wanted, records = records, fields.only_covered(records, cfg.covered)
     if wanted != records:
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "

@@ -74,10 +74,11 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
 
     def __init__(self, port, weights):
-        self.weights, (self.model, self.decoder) = weights, sample.load_weights(weights)
-        self.device, _ = cli.pick_device()
+        self.model, self.decoder = sample.load_weights(weights)
+        device, bf16 = cli.pick_device()
         for module in filter(None, (self.model, self.decoder)):
-            module.to(self.device)
+            module.to(device)
+        self.how = sample.how_drawn(weights, solver="euler", interval=[0, 1], precision="bfloat16" if bf16 else "float32")
         self.waiting, self.turn = [], threading.Condition()          # tickets, the first of which draws
         self.kept, self.temporary = deque(), tempfile.TemporaryDirectory()
         self.folder = Path(self.temporary.name)
@@ -146,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/images/([0-9a-f]{16})\.(png|dcm)", self.path)
         if self.path == "/":
             nonce = secrets.token_urlsafe(16)                        # styles and scripts of this page alone
-            about = json.dumps(describe(self.server.model.config, self.server.weights.name)).replace("<", "\\u003c")
+            about = json.dumps(describe(self.server.model.config, self.server.how["weights"])).replace("<", "\\u003c")
             page = PAGE.read_text(encoding="utf-8").replace("{{NONCE}}", nonce).replace("{{ABOUT}}", about)
             policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
                       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -194,9 +195,9 @@ class Handler(BaseHTTPRequestHandler):
                 with server.turn:
                     server.turn.wait_for(lambda: server.waiting.index(ticket) != place, timeout=1)
             seeds = range(seed, seed + n)
-            records = [record or server.model.config.examples[seed % len(server.model.config.examples)] for seed in seeds]
-            how = sample.how_drawn(server.weights, steps=steps, solver="euler", guidance=guidance, interval=[0, 1],
-                                   precision="bfloat16" if cli.fast_bf16(server.device) else "float32")
+            examples = server.model.config.examples or [{}]          # trained without any metadata
+            records = [record or examples[seed % len(examples)] for seed in seeds]
+            how = server.how | {"steps": steps, "guidance": guidance}
             done, of = 0, -(-n // AT_A_TIME) * steps
             def step():
                 nonlocal done

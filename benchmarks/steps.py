@@ -8,7 +8,7 @@ the images are the same but for the solver, so rows differ by less. FDD of so fe
 compares within this table only. `distance` needs no reference: the root mean square difference of the pixels, in [-1, 1], to the
 same seed's picture by 100 evaluations of Heun, its standard error over the images. Heun takes two evaluations a step, so it stands at the even number next to Euler's.
 
-Images are kept in --out, and the same command continues. Written there: steps.txt and steps.png.
+Images are kept in --out, and the same command, or one with a larger --n, continues. Written there: steps.txt and steps.png.
 """
 import argparse
 import os
@@ -36,19 +36,19 @@ PLAN = [("euler", 5), ("heun", 3), ("euler", 10), ("heun", 5), ("euler", 25), ("
         ("euler", 100), ("heun", 50)]                                # (solver, steps); the last is what all are compared with
 
 
-def draw(model, decoder, asked, seeds, args, folder):
-    """{(solver, steps): images}, drawn or read from `folder`."""
-    drawn = {}
-    for solver, steps in PLAN:
-        path = folder / f"{solver}-{steps}.safetensors"
-        if not path.exists():
-            total = -(-len(seeds) // 16) * steps * (2 if solver == "heun" else 1)
-            with tqdm(desc=f"{solver}, {steps} steps", unit="evaluation", total=total) as bar:
-                images, _ = sample.generate(model, decoder, asked, seeds, steps, args.guidance, solver, 16, bar.update)
-            safetensors.torch.save_file({"images": images}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        drawn[solver, steps] = safetensors.torch.load_file(path)["images"]
-    return drawn
+def draw(model, decoder, asked, seeds, guidance, folder):
+    """{(solver, steps): images}, sixteen at a time by every solver, drawn or read from `folder`."""
+    drawn = {way: [] for way in PLAN}
+    for part in (slice(start, min(start + 16, len(seeds))) for start in range(0, len(seeds), 16)):
+        for solver, steps in PLAN:
+            path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
+            if not path.exists():
+                with tqdm(desc=path.stem, unit="evaluation", total=steps * (2 if solver == "heun" else 1)) as bar:
+                    images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps, guidance, solver, 16, bar.update)
+                safetensors.torch.save_file({"images": images}, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)
+            drawn[solver, steps].append(safetensors.torch.load_file(path)["images"])
+    return {way: torch.cat(parts) for way, parts in drawn.items()}
 
 
 def draw_figure(rows, real, path):
@@ -89,10 +89,10 @@ def main():
     chosen = np.random.default_rng(args.seed).permutation(b)[:args.n]
     asked = fields.only_covered([fidelity.known(records[i]) for i in chosen], model.config.covered)
     digest = hub.fingerprint(args.weights / "radit")
-    folder = args.out / f"{digest}-n{args.n}-guidance{args.guidance:g}-seed{args.seed}"
+    folder = args.out / f"{digest}-guidance-{args.guidance:g}-seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     seeds = list(range(args.seed, args.seed + args.n))
-    drawn = draw(model, decoder, asked, seeds, args, folder)
+    drawn = draw(model, decoder, asked, seeds, args.guidance, folder)
 
     reference = fidelity.features(images[a], encoder)
     real = metrics.compare(reference, fidelity.features(images[chosen], encoder), 5, None, args.seed)
