@@ -24,14 +24,14 @@ def age_string(years):
     return f"{int(years):03}Y" if years >= 2 else f"{int(years * 12 + 1e-6):03}M"
 
 
-def write(path, image, record, weights, seed, how=""):
-    """Writes an image (1, H, W), float in [-1, 1], drawn by `weights` (a name, and best a fingerprint) from `seed`, to a
+def write(path, image, record, weights, seed, how="", what="Synthetic radiograph drawn by RadiT"):
+    """Writes an image (1, H, W), float in [-1, 1], made by `weights` (a name, and best a fingerprint) from `seed`, to a
     temporary name, then renames. record: field -> value as in fields.py, what the image was asked to show; unknown fields
-    are absent. how: further settings in words, such as "25 euler steps, guidance 2".
+    are absent. how: further settings in words, such as "25 euler steps, guidance 2". what: how the description begins.
     """
     pixels = radiograph.to_bytes(image)                              # H W, uint8
     asked = json.dumps(record)
-    derivation = f"Synthetic radiograph drawn by RadiT; weights {weights}; seed {seed}{'; ' * bool(how)}{how}"[:1024]
+    derivation = f"{what}; weights {weights}; seed {seed}{'; ' * bool(how)}{how}"[:1024]
     study, series, instance = (generate_uid(entropy_srcs=[kind, derivation, asked, str(pixels.shape), pixels.tobytes().hex()])
                                for kind in ("study", "series", "instance"))
     ds = Dataset()

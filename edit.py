@@ -1,6 +1,6 @@
 """Counterfactual editing: the same radiograph, had one thing been different.
 
-    1  encode      z = a draw from the VAE's posterior of the image, at t = 1
+    1  encode      x = a draw from the VAE's posterior of the image, at t = 1: what the transformer was trained on
     2  abduct      follow dx/dt = v(x, t, factual metadata) back to t = 1 - depth: the noise that explains this image
     3  act         set what is asked; its descendants follow from the causal model
     4  predict     follow v(x, t) = v(x, t, rest) + w (v(x, t, all) - v(x, t, rest)) forward to t = 1, and decode
@@ -18,22 +18,26 @@ picture to the original's pixels.
 """
 import argparse
 import itertools
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 import causal
 import classifier
 import cli
+import dicom
 import fields
 import flow
 import radiograph
 import sample
 from cli import InputError
+
+AGE_ERROR = 12.3  # years, the embedded classifier's mean error on 159 held-out images: benchmarks/results/fidelity-demo.txt
 
 
 def size_of(model, decoder):
@@ -55,14 +59,20 @@ def follow(velocity, x, times, solver):
     return path
 
 
-def encode(decoder, images, seed=0):
-    """The latents (N, C, h, w) of images: a draw from the VAE's posterior, not its mean, as the transformer was trained on draws.
-    The mean lacks their noise, so it looks like no training latent, and less noise than the flow's is found behind it. Every
-    image gets the same draw, whatever its batch."""
-    if not decoder:
-        return images
-    mean, logvar = decoder.encode(images)                            # N C h w
-    return mean + (0.5 * logvar).exp() * torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(mean.device)
+def encode(model, decoder, images, seed=0):
+    """(x, t): where the flow's path through each image ends, and when: (N, C, h, w) and a number up to 1.
+
+    Not the clean image itself. The transformer knows draws from the VAE's posterior and, where it predicts data, nothing
+    beyond t = 0.95 (flow.to_velocity); a picture without their noise lies off every path, and followed back it stays a
+    picture where noise should come out, whose outlines then resist the change. Every image gets the same draw.
+    """
+    def normal(shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
+    if decoder:
+        mean, logvar = decoder.encode(images)                        # N C h w
+        images = mean + (0.5 * logvar).exp() * normal(mean.shape[1:])
+    t = 0.95 if model.config.prediction == "data" else 1.0
+    return (1 - t) * normal(images.shape[1:]) + t * images, t
 
 
 @torch.no_grad()
@@ -73,8 +83,8 @@ def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25
     1 where the image may change. With a seed the noise inside the mask is drawn anew, not the image's own.
     """
     cfg = model.config
-    times = 1 - depth * (1 - flow.time_grid(steps, cfg.shift))       # from 1 - depth to 1
-    x = encode(decoder, images)                                      # N C h w
+    x, end = encode(model, decoder, images)                          # N C h w
+    times = end * (1 - depth * (1 - flow.time_grid(steps, cfg.shift)))
     rest = [{f: v for f, v in new.items() if old.get(f) == v} for old, new in zip(factual, counterfactual)]
     seen = conditions(model, factual)
     back = follow(flow.guided(model, seen, seen, 1, cfg.prediction), x, times.flip(0), solver)[::-1]
@@ -89,6 +99,8 @@ def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25
             x = torch.where(free > 0, (1 - float(times[0])) * fresh + float(times[0]) * back[-1], x)
         for t, s, own in zip(times[:-1], times[1:], back[1:]):
             x = torch.where(free > 0, flow.integrate(forward, x, (t, s), solver)[0], own)
+    if end < 1:
+        x = flow.integrate(forward, x, (end, 1.0), "euler")[0]       # one step: the predicted data
     result = (decoder.decode(x) if decoder else x).clamp(-1, 1)      # N 1 H W
     return result if mask is None else torch.where(mask > 0, result, images)
 
@@ -104,7 +116,8 @@ def act(record, do, folder):
 
 
 def infer(record, image, covered):
-    """The record with what the embedded classifier sees where it says nothing, printing each value and its probability."""
+    """The record with what the embedded classifier sees where it says nothing, printing each value and its probability,
+    calibrated on held-out images; for an age the mean error on such images."""
     judge = classifier.load(classifier.DEMO)
     years, logits = judge(image.to(next(judge.parameters()).device))
     found = {"age": (round(years.item(), 1), None)}
@@ -114,7 +127,7 @@ def infer(record, image, covered):
             found[field] = values[index], chance.item()
     for field, (value, chance) in found.items():
         if field not in record and not fields.uncovered(field, value, covered):
-            print(f"inferred {field}={value}" + (f", probability {chance:.2f}" if chance else ", within about 13 years"))
+            print(f"inferred {field}={value}" + (f", probability {chance:.2f}" if chance else f", wrong by {AGE_ERROR} years on average"))
             record = record | {field: value}
     return record
 
@@ -124,30 +137,40 @@ def infer(record, image, covered):
 
 def read_mask(path, size):
     """A mask image as (1, 1, size, size) in {0, 1}: white from half up. It must be as large as the prepared image."""
-    with Image.open(path) as image:
-        if image.size != (size, size):
-            raise InputError(f"{path}: a mask of {image.size[0]}x{image.size[1]} pixels; the image is edited at {size}x{size}")
-        return (torch.from_numpy(np.asarray(image.convert("L"), np.float32)) >= 128).float()[None, None]
+    try:
+        pixels = radiograph.read_picture(path)                       # H W in [0, 1]
+    except (radiograph.Rejected, UnidentifiedImageError) as reason:
+        raise InputError(f"{path}: {'not an image' if isinstance(reason, UnidentifiedImageError) else reason}") from None
+    if pixels.shape != (size, size):
+        raise InputError(f"{path}: a mask of {pixels.shape[1]}x{pixels.shape[0]} pixels; the image is edited at {size}x{size}")
+    return torch.from_numpy(pixels >= 0.5).float()[None, None]
 
 
 def difference(a, b):
-    """b - a of images (1, H, W) as an RGB picture: red where b is brighter, blue where it is darker, full at 0.5 of 2."""
+    """b - a of images (1, H, W) as an RGB picture: red where b is brighter, blue where it is darker, full at a quarter of the
+    range from black to white."""
     change = ((b - a)[0] * 2).clamp(-1, 1).numpy()                   # H W
     red, blue = np.where(change > 0, 1, 1 + change), np.where(change < 0, 1, 1 - change)
     return Image.fromarray((np.stack([red, 1 - np.abs(change), blue], -1) * 255).round().astype(np.uint8))
 
 
-def picture(image):
-    return Image.fromarray(((image[0].cpu() + 1) * 127.5).round().byte().numpy())
-
-
-def sheet(pictures, path):
-    """Pictures of one size side by side."""
-    whole = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
-    for i, p in enumerate(pictures):
-        whole.paste(p, (i * p.width, 0))
-    whole.save(f"{path}.tmp", "PNG")
+def save(picture, path, text):
+    """As PNG with text fields, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    for item in text.items():
+        info.add_text(*item)
+    picture.save(f"{path}.tmp", "PNG", pnginfo=info)
     os.replace(f"{path}.tmp", path)
+
+
+def sheet(pictures):
+    """{caption: picture}, all of one size, side by side above their captions."""
+    width, height = next(iter(pictures.values())).size
+    whole = Image.new("RGB", (len(pictures) * width, height + 14))
+    for i, (caption, picture) in enumerate(pictures.items()):
+        whole.paste(picture, (i * width, 0))
+        ImageDraw.Draw(whole).text((i * width + 3, height + 1), caption)
+    return whole
 
 
 def parse(items, flag, model):
@@ -195,6 +218,7 @@ def main():
     region.add_argument("--mask", type=Path, help="an image, white where the picture may change")
     region.add_argument("--keep", type=Path, help="an image, white where the picture must stay")
     parser.add_argument("--seed", type=int, help="with a mask: draw the inside anew")
+    parser.add_argument("--dicom", action="store_true", help="write the edit as DICOM too, without a trace of the original's patient")
     parser.add_argument("--out", type=Path, default=Path("out/edit"))
     args = parser.parse_args()
     if not 0 < args.depth <= 1:
@@ -211,6 +235,8 @@ def main():
     wishes = parse_sweep(args.sweep, model) if args.sweep else [parse(args.set, "--set", model)]
     mask = read_mask(args.mask or args.keep, size) if args.mask or args.keep else None
     mask = 1 - mask if args.keep else mask
+    if mask is not None and not mask.any():
+        raise InputError(f"{args.mask or args.keep}: {'black' if args.mask else 'white'} all over, so nothing may change")
     given = infer(given, image, model.config.covered) if args.infer else given
     records = fields.only_covered([act(given, wish, args.causal) for wish in wishes], model.config.covered)
     if not args.sweep and mask is None and records[0] == given:
@@ -224,19 +250,31 @@ def main():
                   mask if mask is None else mask.to(device), args.seed).cpu()
     with torch.no_grad():
         same = (decoder.decode(decoder.encode(x)[0]) if decoder else x).clamp(-1, 1).cpu()[0]
+    def picture(image):
+        return Image.fromarray(radiograph.to_bytes(image))
+
     args.out.mkdir(parents=True, exist_ok=True)
-    text = {"Synthetic": "yes", "Software": "RadiT", "Weights": args.weights.name}
+    how = sample.how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, depth=args.depth)
+    text = sample.text_fields(how)
     if args.sweep:
-        sheet([picture(e) for e in edited], args.out / "strip.png")
-        frames = [picture(e) for e in edited]
-        frames[0].save(args.out / "sweep.gif", save_all=True, append_images=frames[1:], duration=400, loop=0)
+        strip = {f"age {record['age']:g}": picture(e) for record, e in zip(records, edited)}
+        first, *more = strip.values()
+        save(sheet(strip), args.out / "strip.png", text)
+        first.save(args.out / "sweep.gif", save_all=True, append_images=more, duration=400, loop=0, comment="Synthetic: RadiT")
     else:
+        change = difference(same, edited[0])
         radiograph.save_image(image[0], args.out / "original.png")
         radiograph.save_image(same, args.out / "reconstruction.png", text)
-        radiograph.save_image(edited[0], args.out / "edit.png", text | {"Metadata": str(records[0])})
-        change = difference(same, edited[0])
-        change.save(args.out / "difference.png")
-        sheet([picture(image[0]), picture(same), picture(edited[0]), change], args.out / "sheet.png")
+        radiograph.save_image(edited[0], args.out / "edit.png", text | {"Metadata": json.dumps(records[0])})
+        save(change, args.out / "difference.png", text)
+        save(sheet({"original": picture(image[0]), "reconstruction": picture(same), "edit": picture(edited[0]),
+                    "red up, blue down": change}), args.out / "sheet.png", text)
+    for i, (e, record, wish) in enumerate(zip(edited, records, wishes)):
+        if args.dicom:
+            words = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("weights", "fingerprint"))
+            wished = ", ".join(f"{field} {value}" for field, value in wish.items()) or "nothing changed"
+            dicom.write(args.out / (f"age-{wish['age']:g}.dcm" if args.sweep else "edit.dcm"), e, record, f"{how['weights']} {how['fingerprint']}",
+                        args.seed or 0, words, f"Synthetic: a radiograph as RadiT would have it with {wished}")
     print(f"written to {args.out}")
 
 

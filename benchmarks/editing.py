@@ -52,8 +52,8 @@ REGIONS = {"cardiomegaly": (.4, .85, .25, .9), "pleural effusion": (.5, 1, 0, 1)
 def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, steps=6, seed=None):
     """The baselines: guidance that amplifies every field, from the image's own noise; with a seed from fresh noise at 1 - depth
     (SDEdit, Meng et al. 2022)."""
-    times = 1 - depth * (1 - flow.time_grid(steps, model.config.shift))
-    x = edit.encode(decoder, images)                                 # N C h w
+    x, end = edit.encode(model, decoder, images)                     # N C h w
+    times = end * (1 - depth * (1 - flow.time_grid(steps, model.config.shift)))
     seen = edit.conditions(model, factual)
     if seed is None:
         x = edit.follow(flow.guided(model, seen, seen, 1, model.config.prediction), x, times.flip(0), "heun")[-1]
@@ -141,7 +141,7 @@ def main():
     records = [record for split in splits for record in split.records]
     images = torch.stack([image for split in splits for image in split]).to(device)          # N 1 H W
     known = [{f: r[f] for f in fields.FIELDS if f in r} for r in records]
-    known = sample.only_covered(known, model.config.covered)
+    known = fields.only_covered(known, model.config.covered)
     print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), judge {hub.fingerprint(classifier.DEMO)}, "
           f"{len(images)} held-out images, {device.type}, {torch.get_num_threads()} thread(s), seed {args.seed}", flush=True)
 
@@ -177,7 +177,7 @@ def main():
                 and (abs(r[field] - value) <= 10 if field == "age" else r[field] == value)]
         first, old = reconstruct(images[chosen]), [known[i] for i in chosen]
         # Labels that would contradict the change are settled as in training: no "no finding" beside a finding.
-        new = sample.only_covered([fields.settle(record | {field: value}) for record in old], model.config.covered)
+        new = fields.only_covered([fields.settle(record | {field: value}) for record in old], model.config.covered)
         real = of_target(ask(judge, images[same]), judge, field, value)[0].mean()
         jobs[name] = images[chosen], first, old, new, field, value, ask(judge, first), real
     print(f"\nEdits, {args.each} images each, {args.steps} Heun steps back and {args.steps} forward. Before, after, real: the probability of the value "

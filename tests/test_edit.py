@@ -1,17 +1,22 @@
 """Editing: the equations by hand, the solver's order, masks, and phantoms whose truth is known."""
 import random
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import phantom
+import pydicom
 import pytest
 import torch
 from PIL import Image
 
+import dicom
 import edit
 import fields
 import radiograph
 import radit
 import sample
+from conftest import ROOT
 
 OLD = {"age": 40.0, "sex": "male", "cardiomegaly": "negative"}
 NEW = OLD | {"cardiomegaly": "positive"}
@@ -53,6 +58,19 @@ def test_one_step_by_hand(model):
     expected = noise + rest + w * (v(noise, 0.0, NEW) - rest)
     result = edit.edit(model, None, x, [OLD], [NEW], guidance=w, steps=1, solver="euler")
     torch.testing.assert_close(result, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_followed_back_carries_the_noise_of_training(model):
+    """A velocity model on pixels knows the clean image; a VAE's posterior has its variance; data prediction ends at 0.95. The
+    draw is the same for every image and in any batch, and standard normal."""
+    x = torch.zeros(2, 1, 64, 64)
+    clean, t = edit.encode(model, None, x)
+    assert t == 1 and torch.equal(clean, x)
+    vae = SimpleNamespace(encode=lambda x: (3 + x, torch.full_like(x, np.log(4.0))))
+    drawn, t = edit.encode(model, vae, x)
+    assert t == 1 and abs(drawn.mean() - 3) < 0.1 and abs(drawn.std() - 2) < 0.1 and torch.equal(drawn[0], drawn[1])
+    noisy, t = edit.encode(SimpleNamespace(config=SimpleNamespace(prediction="data")), None, x + 1)
+    assert t == 0.95 and abs(noisy.mean() - 0.95) < 0.01 and abs(noisy.std() - 0.05) < 0.005
 
 
 def test_what_stays_is_not_amplified(model):
@@ -122,12 +140,17 @@ def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change):
     (["{text}", "--set", "sex=female"], "not an image"), (["{image}", "--set", "race=white"], "says nothing of race"),
     (["{image}", "--set", "sex=female", "--mask", "{mask}"], "a mask of 5x5 pixels; the image is edited at 128x128"),
     (["{image}", "--given", "sex=female", "--set", "sex=female"], "nothing to change"), (["{image}", "--set", "sex"], "not of the form FIELD=VALUE"), (["{image}", "--sweep", "sex=1:2:1"], "accepted is age=FIRST:LAST:STEP"),
-    (["{image}", "--sweep", "age=20:30:0"], "accepted is age=FIRST:LAST:STEP"), (["{image}", "--set", "sex=female", "--depth", "0"], "--depth 0.0")])
+    (["{image}", "--sweep", "age=20:30:0"], "accepted is age=FIRST:LAST:STEP"), (["{image}", "--set", "sex=female", "--depth", "0"], "--depth 0.0"),
+    (["{image}", "--set", "sex=female", "--mask", "{text}"], "not an image"), (["{image}", "--set", "sex=female", "--keep", "{red}"], "colour image"),
+    (["{image}", "--set", "sex=female", "--keep", "{white}"], "nothing may change")])
 def test_bad_input_is_one_line(tmp_path, command, arguments, message):
-    files = {"text": tmp_path / "a.txt", "image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
+    files = {"text": tmp_path / "a.txt", "image": tmp_path / "a.png", "mask": tmp_path / "m.png", "red": tmp_path / "r.png",
+             "white": tmp_path / "w.png"}
     files["text"].write_text("no radiograph")
     Image.fromarray(np.linspace(0, 255, 128 * 128).reshape(128, 128).astype(np.uint8)).save(files["image"])
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(files["mask"])
+    Image.new("RGB", (128, 128), "red").save(files["red"])
+    Image.new("L", (128, 128), "white").save(files["white"])
     status, _, errors = command("edit.py", *[a.format(**files) for a in arguments], "--out", tmp_path / "out")
     assert status == 2 and message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
 
@@ -141,11 +164,27 @@ def test_the_command_writes_the_pictures(tmp_path, command):
     assert status == 0, errors
     assert "inferred view=" in output and "inferred sex" not in output and "to positive" in output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
-    assert Image.open(tmp_path / "out/sheet.png").size == (512, 128) and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
+    assert Image.open(tmp_path / "out/sheet.png").size == (512, 142) and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
     a, b = (radiograph.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
     shown = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)
     brighter, darker = ((b - a)[0] > 0.05).numpy(), ((b - a)[0] < -0.05).numpy()
     assert (shown[brighter][:, 0] > shown[brighter][:, 2]).all() and (shown[darker][:, 2] > shown[darker][:, 0]).all() and brighter.any()
-    status, output, errors = command("edit.py", tmp_path / "a.png", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--out", tmp_path / "sweep")
+    # A patient's DICOM file comes back as a synthetic one that names nobody.
+    image, record = radiograph.load_image(tmp_path / "out/original.png"), {"age": 30.0}
+    dicom.write(tmp_path / "a.dcm", image, record, "demo", 0)
+    ds = pydicom.dcmread(tmp_path / "a.dcm")
+    ds.PatientName, ds.PatientID, ds.AccessionNumber, ds.InstitutionName = "Doe^Jane", "MRN4711", "ACC4711", "St. Elsewhere"
+    ds.save_as(tmp_path / "a.dcm")
+    status, output, errors = command("edit.py", tmp_path / "a.dcm", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--dicom",
+                                     "--out", tmp_path / "sweep")
     assert status == 0, errors
-    assert Image.open(tmp_path / "sweep/strip.png").size == (384, 128) and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
+    assert Image.open(tmp_path / "sweep/strip.png").size == (384, 142) and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
+    files = [(tmp_path / f"sweep/age-{age}.dcm").read_bytes() for age in (20, 40, 60)]
+    assert not any(word in file for word in (b"Doe", b"4711", b"Elsewhere", ds.SOPInstanceUID.encode()) for file in files)
+    old = pydicom.dcmread(tmp_path / "sweep/age-60.dcm")
+    assert old.PatientAge == "060Y" and old[0x0008, 0x001C].value == "YES" and "would have it with age 60" in old.DerivationDescription
+
+
+def test_the_error_of_an_inferred_age_is_the_measured_one():
+    text = (ROOT / "benchmarks/results/fidelity-demo.txt").read_text()
+    assert float(re.search(r"^age \(years\) +\d+ +([\d.]+)", text, re.M)[1]) == pytest.approx(edit.AGE_ERROR, abs=0.05)
