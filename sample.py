@@ -4,7 +4,7 @@
     python sample.py --view PA --sex female --age 60 --set pneumonia=positive --n 4 --out out/women
     python sample.py --causal --do cardiomegaly=positive          whole patients of the causal model, one field set
     python sample.py --balance sex,age --n 10000 --out cohort     whole cohorts; cohort.py says of whom
-    torchrun --nproc_per_node=8 sample.py -n 10000 ...            the same images, shared among GPUs
+    torchrun --nproc_per_node=8 sample.py ...                     the same images, shared among GPUs
     python sample.py push WEIGHTS ORG/NAME                        publish weights on the Hugging Face Hub
 
 Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
