@@ -184,7 +184,7 @@ def main():
                                 f"{', '.join(fields.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
     parser.add_argument("--weights", type=Path, default=DEMO,
                         help="a folder that holds radit/ and vae/, or its name on the Hub")
-    parser.add_argument("--n", type=cli.positive, help="how many images: 16, or all rows of --metadata")
+    parser.add_argument("-n", "--n", type=cli.positive, help="how many images: 16, or all rows of --metadata; under torchrun -n")
     parser.add_argument("--steps", type=cli.positive, default=25)
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is off")
