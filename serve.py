@@ -101,7 +101,6 @@ class Server(socketserver.ThreadingTCPServer):
             (self.folder / f"dicom/{oldest}.dcm").unlink()
         return name
 
-
     def handle_error(self, request, address):                        # a client that goes away while it is answered is no error
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, address)

@@ -365,7 +365,7 @@ def test_a_refusal_a_place_in_the_queue_and_a_stop_are_said(server, browser, mon
     page["draw"].click()
     assert page.status("In the queue: 1 before you.") and page["draw"].text == "Stop" and len(page.all(".pending")) == 4
     other.leave()
-    page.status("Drawing: step")
+    assert page.status("Drawing: 0 of 4 there.") and " of 25" in page["step"].text
     page["draw"].click()
     assert page.status("Stopped after 0.") and page["draw"].text == "Draw" and not page.all("figure")
     for _ in range(100):
