@@ -1,5 +1,7 @@
 """What the plan computes, beside what is really there: saved tensors, optimizer state, shards, files."""
+import argparse
 import copy
+import re
 
 import phantom
 import pytest
@@ -15,6 +17,7 @@ import plan
 import radit
 import train
 import vae
+from conftest import ROOT
 
 SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)  # 576 tokens: fused attention, as on a GPU
 
@@ -141,6 +144,20 @@ def test_what_fits(monkeypatch, capsys, batch, gpus, more, said):
 def test_an_advice_followed_needs_no_other(monkeypatch, capsys):
     run(monkeypatch, "--gpus", "8", "--accumulate", "8")
     assert "fits: DDP, compiled (--accumulate 8)" in capsys.readouterr().out
+
+
+ROWS = re.findall(r"\| `(--size .*?)` \| (.*) \|", (ROOT / "GPU.md").read_text())
+
+
+@pytest.mark.parametrize("options, figures", ROWS)
+def test_the_table_in_gpu_md_is_what_the_plan_says(options, figures):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    p = plan.make(parser.parse_args(options.split()))
+    hours = p.gpu_hours("compiled")
+    memory = p.memory(False, "compiled") / 1e9
+    assert figures == f"{p.images:,} | {p.steps:,} | {memory:.1f} | {hours:,.1f} | {hours / p.gpus / 24:.1f}"
+    assert plan.advice(p, 80e9).startswith("fits: DDP, compiled")
 
 
 @pytest.mark.parametrize("arguments, message", [
