@@ -31,9 +31,9 @@ import classifier
 import cli
 import fields
 import flow
+import parallel
 import radiograph
 import sample
-import train
 from cli import InputError
 
 
@@ -192,7 +192,7 @@ def main():
         raise InputError(f"--depth {args.depth} is not above 0 and at most 1")
 
     model, decoder = sample.load_weights(args.weights)
-    device, size = train.pick_device()[0], size_of(model, decoder)
+    device, size = parallel.pick_device()[0], size_of(model, decoder)
     try:
         pixels = radiograph.read_radiograph(args.image, size)
     except radiograph.Rejected as reason:

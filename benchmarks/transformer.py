@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import radit
-from train import pick_device
+from parallel import pick_device
 
 VARIANTS = ("RadiT eager", "RadiT compiled", "DiT eager", "DiT compiled")
 
