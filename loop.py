@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 import checkpoint
+import cli
 import parallel
 from cli import InputError
 from parallel import pick_device
@@ -220,7 +221,7 @@ def train(task, model, dataset, cfg, out, compiled=(), checkpointed=(), sharded=
             writer.poll()
 
             step, done = seen // cfg.batch, seen >= cfg.images
-            stop = (world == 1 or step % VOTE == 0) and parallel.anyone(asked) and not done
+            stop = (world == 1 or step % VOTE == 0) and parallel.anyone(bool(asked)) and not done
             if not (step % cfg.log_every == 0 or done or stop):
                 continue
             entry = {"images": seen} | summary(total, steps)         # the only place that waits for the device
@@ -238,7 +239,11 @@ def train(task, model, dataset, cfg, out, compiled=(), checkpointed=(), sharded=
                     entry |= task.preview(ema, out / "preview.png" if rank == 0 else None)
             if rank == 0:
                 history.append(entry)
-                report(history, out, speed, f"{speed * task.flops / 1e12:.3f} TFLOP/s, {(cfg.images - seen) / speed / 3600:.2f} h left")
+                cli.write_text(log, "".join(json.dumps(line) + "\n" for line in history))
+                draw_curve(history, out / "loss.png")
+                left = (cfg.images - seen) / speed / 3600
+                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
+                      + f" | {speed:.1f} images/s, {speed * task.flops / 1e12:.3f} TFLOP/s, {left:.2f} h left", flush=True)
             if stop:
                 writer.wait()
                 parallel.leave()
@@ -271,18 +276,12 @@ def summary(total, steps):
     return result
 
 
-def report(history, out, speed, more):
-    """Writes the log and the curve, and prints the log's last line."""
-    with open(out / "log.jsonl.tmp", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in history)
-    os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
+def draw_curve(history, path):
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     axes.plot([entry["images"] for entry in history], [entry["loss"] for entry in history])
     axes.set(xlabel="images seen", ylabel="training loss", yscale="log")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(out / "loss.png.tmp", format="png", dpi=100)
-    os.replace(out / "loss.png.tmp", out / "loss.png")
-    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in history[-1].items())
-          + f" | {speed:.1f} images/s, {more}", flush=True)
+    figure.savefig(f"{path}.tmp", format="png", dpi=100)
+    os.replace(f"{path}.tmp", path)
