@@ -27,6 +27,8 @@ import parallel
 import vae
 from cli import InputError
 
+
+
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
 
 
@@ -70,9 +72,9 @@ def load(folder, tensors, about):
     return before["images"]
 
 
-def read(folder, tensors, **options):
+def read(folder, tensors, alone=False):
     try:
-        dcp.load(tensors, checkpoint_id=folder, **options)
+        dcp.load(tensors, checkpoint_id=folder, no_dist=alone or not parallel.training)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{folder}: unreadable checkpoint ({reason[:200]}); delete it to continue from the one before") from None
@@ -91,7 +93,7 @@ class Writer:
         """Starts to write; returns as soon as the tensors are copied. `about` is the JSON beside them, with "images"."""
         self.wait()
         self.about, self.temporary = about, self.folder / f"{about['images']}.tmp"
-        self.future = dcp.async_save(tensors, checkpoint_id=self.temporary)
+        self.future = dcp.async_save(tensors, checkpoint_id=self.temporary, no_dist=not parallel.training)
 
     def poll(self):
         """Completes what has been written meanwhile; to be called often, waits for nothing."""
@@ -126,7 +128,7 @@ def export(run, out):
     for name, stored in known.items():
         if name.startswith("ema."):
             one = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
-            read(folder, one, no_dist=True)
+            read(folder, one, alone=True)
             tensors[name.removeprefix("ema.")] = one[name].bfloat16() if one[name].is_floating_point() else one[name]
     place = Path(out) / about["name"]
     place.mkdir(parents=True, exist_ok=True)
