@@ -27,8 +27,6 @@ import parallel
 import vae
 from cli import InputError
 
-
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
 
 

@@ -88,11 +88,11 @@ def gathered(x):                                                     # n ...
 
 
 def replicate(model):
-    """The model to call in training: its gradients are averaged over the processes. Its buffers are left alone."""
+    """The model to call in training: its gradients are averaged over the processes."""
     if not training:
         return model
     torch._dynamo.config.optimize_ddp = False  # it would cut compiled blocks apart, which overlap with the averaging as they are
-    return DistributedDataParallel(model, process_group=training, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, process_group=training, gradient_as_bucket_view=True)
 
 
 def last_only(model, last):

@@ -2,17 +2,14 @@
 import json
 import random
 import resource
-import signal
 import time
 
 import job
 import pytest
 import safetensors
 import torch
-from torch import nn
 
 import checkpoint
-import hub
 import loop
 import radit
 import sample
