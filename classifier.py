@@ -29,7 +29,8 @@ import data
 import fields
 import hub
 import radiograph
-import train
+import loop
+import parallel
 from cli import InputError
 from fields import CODED
 from raddino import Encoder, EncoderConfig, load_encoder
@@ -86,7 +87,7 @@ class Labelled(torch.utils.data.Dataset):
 
 
 class ClassifierTask:
-    """What train.py's loop asks for."""
+    """What loop.py asks for; on one process."""
     name, about = "classifier", {}
     save = staticmethod(hub.save_model)
 
@@ -106,11 +107,11 @@ class ClassifierTask:
         entropies = [F.cross_entropy(x.float(), code - 1, ignore_index=-1, reduction="sum") for x, code in zip(logits, codes.T)]
         return age_loss, sum(entropies) / len(images)
 
-    def loss(self, model, batch, rng):
+    def loss(self, model, batch, draw):
         images, age, codes = batch                                   # N 1 H W, N, N 18
-        images = radiograph.jitter(images, rng)
+        images = radiograph.jitter(images, draw.rng)
         patches = (model.config.encoder.image_size // model.config.encoder.patch) ** 2
-        keep = torch.rand(len(images), patches, generator=rng, device=images.device).argsort(1)[:, :patches // 2]
+        keep = draw.uniform(patches).argsort(1)[:, :patches // 2]
         age_loss, entropy = self.terms(model, images, age, codes, keep)
         return age_loss + entropy, {"age_loss": age_loss, "entropy": entropy}
 
@@ -124,6 +125,8 @@ class ClassifierTask:
 def fit(folders, out, cfg, encoder=None, config=EncoderConfig(), held_out=None):
     """Trains on the split train of prepared sources, sets the temperatures on the split valid (of the sources `held_out`,
     if they are others); returns the EMA."""
+    if parallel.world > 1:
+        raise InputError("a classifier is small: it is trained by one process, without torchrun")
     images = Labelled(folders, "train")
     held_out = Labelled(held_out or folders, "valid", images.datasets)
     config = ClassifierConfig(encoder.config if encoder else config, images.datasets, fields.coverage(images.images.records))
@@ -132,7 +135,7 @@ def fit(folders, out, cfg, encoder=None, config=EncoderConfig(), held_out=None):
     if encoder:
         model.encoder.load_state_dict(encoder.state_dict())
         model.encoder.requires_grad_(True)
-    ema = train.train(ClassifierTask(config, held_out), model, images, cfg, out)
+    ema = loop.train(ClassifierTask(config, held_out), model, images, cfg, out)
     calibrate(ema, held_out)
     hub.save_model(ema, out / "weights" / "classifier")
     return ema
@@ -311,7 +314,7 @@ def main():
     args = parser.parse_args()
 
     if args.command in ("fit", "utility"):
-        cfg = train.TrainConfig(images=args.images, cooldown=args.images // 3, batch=args.batch, lr=args.lr, seed=args.seed,
+        cfg = loop.TrainConfig(images=args.images, cooldown=args.images // 3, batch=args.batch, lr=args.lr, seed=args.seed,
                                 save_every=256)
         side = data.Radiographs(args.data)[0].shape[-1]
         if args.width % 64 or side % args.patch:

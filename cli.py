@@ -68,8 +68,12 @@ def write_csv(path, header, rows):
 
 
 def pick_device():
-    """The device, and whether it multiplies bfloat16 matrices faster than float32 ones."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of this process (under torchrun each has a GPU of its own), and whether it multiplies bfloat16 matrices faster
+    than float32 ones."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     return device, fast_bf16(device)
 
 

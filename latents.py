@@ -59,7 +59,7 @@ def encode(folders, model, out, versions=1, batch=16):
     shards, on a GPU of its own; nothing has to be said between them.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device, _ = cli.pick_device()
     model.to(device)
     images = data.Radiographs(folders)
     names = names_of(images)

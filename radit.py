@@ -185,14 +185,12 @@ class RadiT(nn.Module):
         return rearrange(x, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)
 
 
-def drop_metadata(age, codes, generator):
+def drop_metadata(age, codes, random):
     """Classifier-free dropout: one image in ten loses all fields; half lose each field with an own random rate.
 
     Guidance's null needs the first. Because rates vary from 0 to 1 the model also learns to draw from one or two
-    known fields, which is how people ask. Returns new (age, codes).
+    known fields, which is how people ask. random: uniform numbers (N, 22). Returns new (age, codes).
     """
-    count, device = len(age), age.device
-    random = torch.rand(count, 3 + 1 + codes.shape[1], generator=generator, device=device)
     everything, some, rate = random[:, 0] < 0.1, random[:, 1] < 0.5, random[:, 2]
     drop = everything[:, None] | (some[:, None] & (random[:, 3:] < rate[:, None]))  # N 19
     return torch.where(drop[:, 0], math.nan, age), torch.where(drop[:, 1:], 0, codes)

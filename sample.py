@@ -267,14 +267,14 @@ def main():
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
             f"training of these weights and stay unknown")
 
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device, fast = cli.pick_device()
     model.to(device)
     if decoder:
         decoder.to(device)
     if args.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
-    bf16 = cli.fast_bf16(device) if args.bf16 is None else args.bf16
+    bf16 = fast if args.bf16 is None else args.bf16
     how = how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, interval=args.guidance_interval,
                     precision="bfloat16" if bf16 else "float32")
     drawn, evaluations = draw(args.out, model, decoder, records, seeds, how, args.batch or fitting_batch(cfg, device), args.dicom, rank, world)

@@ -217,9 +217,9 @@ class RadVAE(nn.Module):
         return x.mean(1, keepdim=True)                               # N 1 H W
 
     def forward(self, x, noise):
-        """One training pass: reconstruction, mean, log-variance (raw); updates the running statistics."""
+        """One training pass: reconstruction, mean, log-variance (raw). The means of a whole batch then go through bn, which
+        updates the running statistics."""
         mean, logvar = self.moments(x)                               # N 4c h w
-        self.bn(mean.float())
         z = mean + (0.5 * logvar).exp() * noise                      # N 4c h w
         return self.reconstruct(z), mean, logvar
 

@@ -180,7 +180,7 @@ def test_gradients_reach_every_parameter():
 def test_dropout_rates():
     count = 20_000
     age, codes = torch.full((count,), 40.0), torch.ones(count, 18, dtype=torch.long)
-    new_age, new_codes = radit.drop_metadata(age, codes, torch.Generator().manual_seed(0))
+    new_age, new_codes = radit.drop_metadata(age, codes, torch.rand(count, 22, generator=torch.Generator().manual_seed(0)))
     dropped = torch.cat([new_age.isnan()[:, None], new_codes == 0], 1).float()      # N 19
     # P(all) = 0.1 + 0.9 * 0.5 * E[u^19] = 0.1225;  P(one field) = 0.1 + 0.9 * 0.5 * E[u] = 0.325
     assert (dropped.sum(1) == 19).float().mean().item() == pytest.approx(0.1225, abs=0.01)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import fields
 import hub
+import loop
 import perceptual
 import raddino
 import radit
@@ -31,23 +33,23 @@ def log_of(run):
 
 
 def test_each_epoch_sees_every_image_once_wherever_it_starts():
-    stream = train.batches(10, 4, seed=3, seen=0)
+    stream = loop.batches(10, 4, seed=3, seen=0)
     indices = sum((next(stream) for _ in range(10)), [])             # 40 images: four epochs, batches across their ends
     for epoch in range(4):
         assert sorted(indices[epoch * 10:epoch * 10 + 10]) == list(range(10))
     assert indices[:10] != indices[10:20]
-    resumed = train.batches(10, 4, seed=3, seen=12)
+    resumed = loop.batches(10, 4, seed=3, seen=12)
     assert sum((next(resumed) for _ in range(7)), []) == indices[12:]
-    assert next(train.batches(10, 4, seed=4, seen=0)) != indices[:4]
+    assert next(loop.batches(10, 4, seed=4, seen=0)) != indices[:4]
 
 
 def test_ema_against_the_recursion_by_hand():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     model.weight.data.fill_(1.0)
     ema.weight.data.fill_(0.0)
-    train.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
+    loop.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
     assert ema.weight.item() == pytest.approx(1 - 0.5 ** 0.5)
-    train.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
+    loop.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
     assert ema.weight.item() == pytest.approx(1.0)
 
 
@@ -107,7 +109,7 @@ class Fragile:
     def __init__(self, good):
         self.left = good
 
-    def loss(self, model, batch, rng):
+    def loss(self, model, batch, draw):
         self.left -= 1
         loss = model.weight.square().sum()
         return (loss if self.left >= 0 else loss * float("nan")), {}
@@ -125,9 +127,9 @@ class Tiny(torch.nn.Linear):
 
 def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
     """NaN in the sixth step, checkpoints every second: what is on disk is the state after four good steps."""
-    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
-    with pytest.raises(SystemExit, match="the last good state is .*state.safetensors"):
-        train.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    cfg = loop.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
+    with pytest.raises(SystemExit, match="the last good state is .*run/checkpoints/16"):
+        loop.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(4):
@@ -135,7 +137,9 @@ def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    saved = load_file(tmp_path / "run/state.safetensors")
+    tensors = checkpoint.tensors_of(model, model, optimizer)
+    saved = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    assert checkpoint.load(tmp_path / "run/checkpoints/16", saved, {}) == 16
     assert torch.allclose(saved["model.weight"], model.weight, atol=1e-6)
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert [line["images"] for line in log_of(tmp_path / "run")] == [8, 16]
@@ -146,12 +150,12 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
     moved = []
 
     class Watch(Fragile):
-        def loss(self, model, batch, rng):
+        def loss(self, model, batch, draw):
             moved.append(model.weight[0, 0].item())
             return model.weight.sum(), {}
 
-    cfg = train.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
-    train.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    cfg = loop.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
+    loop.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     rates = [a - b for a, b in zip(moved, moved[1:])]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
 
@@ -206,7 +210,8 @@ def test_loss_by_t_adds_up(phantoms):
     config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
                                datasets=(*fields.DATASETS, "phantom"))
     batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
-    loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, torch.Generator().manual_seed(0))
+    draw = loop.Draw(torch.Generator().manual_seed(0), 64)
+    loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, draw)
     sums, counts = terms["loss_by_t"]
     assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)
     with pytest.raises(InputError, match="no latent for"):

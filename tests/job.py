@@ -1,0 +1,129 @@
+"""Tiny trainings in processes of their own, one or several that know each other as torchrun's do. They are forked from a
+process that has loaded torch already, which makes a process cheap enough to kill twenty of them."""
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import torch
+
+import loop
+import parallel
+import radit
+import train
+import vae
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["job"])
+
+
+def radit_job(cfg, out, blocks=2, **how):
+    """RadiT on 48 images of noise; how: compiled, checkpointed, sharded = True."""
+    config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2, examples=[{"sex": "male"}])
+    rng = torch.Generator().manual_seed(9)
+    columns = [torch.randn(48, 1, 16, 16, generator=rng), torch.full((48, 1, 16, 16), -2.0), torch.rand(48, generator=rng) * 90,
+               torch.randint(0, 2, (48, 18), generator=rng)]
+    torch.manual_seed(cfg.seed)
+    model = radit.RadiT(config)
+    task = train.RadiTTask(config, [column[:8] for column in columns], None)
+    return loop.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **{key: model.blocks for key, on in how.items() if on})
+
+
+def vae_job(cfg, out):
+    config = vae.VAEConfig(1, 2, (8, 16), 1, 4)
+    images = torch.rand(48, 1, 32, 32, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    torch.manual_seed(cfg.seed)
+    model = vae.RadVAE(config).to(memory_format=torch.channels_last)
+    return loop.train(train.VAETask(config, images[:8], 3e-4), model, Images(images), cfg, out)
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+class Line(torch.nn.Linear):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(2, 2)
+        self.config = radit.RadiTConfig()
+
+
+class Seen:
+    """A task that writes down which images it saw in which step, in RUN/seen.txt."""
+    name, flops, about, save = "seen", 1, {}, staticmethod(lambda ema, folder: None)
+
+    def __init__(self, out):
+        self.file = out / "seen.txt"
+
+    def loss(self, model, batch, draw):
+        with open(self.file, "a") as file:
+            file.write(json.dumps(batch[0].tolist()) + "\n")
+        return model(batch[0][:, None] + draw.normal(2)).square().mean(), {}
+
+    def preview(self, ema, path):
+        return {}
+
+
+def seen_job(cfg, out):
+    out.mkdir(exist_ok=True)
+    return loop.train(Seen(out), Line(), torch.utils.data.TensorDataset(torch.arange(10)), cfg, out)
+
+
+JOBS = {"radit": radit_job, "vae": vae_job, "seen": seen_job}
+
+
+def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, **how):
+    """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps."""
+    if world:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        parallel.launched, parallel.rank, parallel.world = True, rank, world
+    parallel.TIMEOUT = timeout or parallel.TIMEOUT
+    torch.set_num_threads(1)
+    loop.draw_curve = lambda history, path: None
+    if bf16:
+        parallel.pick_device = loop.pick_device = lambda: (torch.device("cpu"), True)
+    if event and event[0] == rank:
+        steps, update = [], loop.update_ema
+        def counted(*arguments):
+            steps.append(1)
+            if len(steps) == event[1]:
+                os.kill(os.getpid(), event[2])
+            update(*arguments)
+        loop.update_ema = counted
+    JOBS[name](cfg, out, **how)
+    parallel.leave()
+
+
+def start(world, name, cfg, out, **options):
+    """The processes, running; world 0: one without torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=in_process, args=(rank, world, port, name, cfg, out), kwargs=options) for rank in range(world or 1)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run(*arguments, **options):
+    """Their exit statuses."""
+    processes = start(*arguments, **options)
+    for process in processes:
+        process.join(240)
+        if process.exitcode is None:
+            process.send_signal(signal.SIGKILL) if hasattr(process, "send_signal") else process.kill()
+    return [process.exitcode for process in processes]
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,135 @@
+"""Checkpoints: whole or absent whenever a run is killed, the last ones kept, exported for others in little memory."""
+import json
+import random
+import resource
+import time
+
+import job
+import pytest
+import safetensors
+import torch
+
+import checkpoint
+import loop
+import radit
+import sample
+from cli import InputError
+from job import log_of
+
+
+def test_killed_again_and_again_no_checkpoint_is_unreadable_and_no_image_is_missed(tmp_path):
+    """A run that saves in every step is killed at random times until it is done. Every checkpoint it leaves can be read; each
+    step sees the images that it would have seen; every epoch sees each image once; and the end is that of a run left alone."""
+    cfg = loop.TrainConfig(images=120, batch=4, lr=1e-2, warmup=0, ema=100, log_every=1, save_every=1)
+    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
+    assert job.run(0, "seen", cfg, whole) == [0]
+    lines = (whole / "seen.txt").read_text().splitlines()
+    for epoch in range(12):                                          # 120 images, 10 an epoch
+        images = sum(map(json.loads, lines), [])[epoch * 10:epoch * 10 + 10]
+        assert sorted(images) == list(range(10))
+    def steps():
+        return (run / "seen.txt").read_text().splitlines() if (run / "seen.txt").exists() else []
+
+    kills = 0
+    while True:
+        newest, before = checkpoint.latest(run), len(steps())
+        step, left = int(newest.name) // 4 if newest else 0, rng.randint(1, 8)
+        process, = job.start(0, "seen", cfg, run)
+        while process.is_alive() and len(steps()) < before + left:
+            time.sleep(0.001)
+        process.join(rng.uniform(0, 0.01))                           # somewhere in the next step, or while it is saved
+        finished = process.exitcode == 0
+        process.kill()
+        process.join()
+        seen = steps()[before:]
+        assert seen == lines[step:step + len(seen)]                  # from the checkpoint on, the same images again
+        for folder in checkpoint.complete(run):
+            state = {"model.weight": torch.full((2, 2), torch.nan), "optimizer.bias.exp_avg": torch.full((2,), torch.nan)}
+            assert checkpoint.load(folder, state, {}) == int(folder.name)
+            assert all(tensor.isfinite().all() for tensor in state.values())
+        if finished:
+            break
+        kills += 1
+    assert kills >= 5
+    assert log_of(run) == log_of(whole)
+    assert [folder.name for folder in checkpoint.complete(run)] == ["116", "120"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["116", "120"]  # nothing half-written is left
+
+
+def save(run, images, tensors, keep=2):
+    writer = checkpoint.Writer(run, keep)
+    writer.save(tensors, {"images": images, "name": "radit", "config": {}, "about": {"seed": 0}})
+    writer.wait()
+
+
+def test_what_is_saved_is_what_was_when_save_was_called(tmp_path):
+    x, writer = torch.zeros(1000, 1000), checkpoint.Writer(tmp_path, 2)
+    writer.save({"x": x}, {"images": 8, "about": {}})
+    x.fill_(7)                                                       # training goes on while it is written
+    writer.wait()
+    y = torch.ones(1000, 1000)
+    assert checkpoint.load(checkpoint.latest(tmp_path), {"x": y}, {}) == 8 and not y.any()
+
+
+def test_the_newest_complete_checkpoint_counts(tmp_path):
+    for images in (8, 96, 104):
+        save(tmp_path, images, {"x": torch.full((3,), float(images))})
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["96", "104"]       # by number, not by letter
+    (tmp_path / "checkpoints/104").rename(tmp_path / "checkpoints/104.tmp")                 # as if killed before the rename
+    x = torch.zeros(3)
+    assert checkpoint.load(checkpoint.latest(tmp_path), {"x": x}, {"seed": 0}) == 96 and x.tolist() == [96] * 3
+    with pytest.raises(InputError, match="started with seed = 0, not 1; use another --out or the same options"):
+        checkpoint.load(checkpoint.latest(tmp_path), {"x": x}, {"seed": 1})
+    (tmp_path / "checkpoints/96/__0_0.distcp").write_bytes(b"")
+    with pytest.raises(InputError, match="96: unreadable checkpoint .*; delete it to continue from the one before"):
+        checkpoint.load(checkpoint.latest(tmp_path), {"x": x}, {})
+    checkpoint.Writer(tmp_path, 2)
+    assert not list(tmp_path.glob("checkpoints/*.tmp")) and checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_export_is_the_ema_as_sample_reads_it(tmp_path):
+    """Of a run of two processes, sharded, its blocks computed twice: nothing of that is left in the names."""
+    cfg = loop.TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=50, log_every=4, save_every=4)
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert job.run(2, "radit", cfg, run, sharded=True, checkpointed=True) == [0, 0]
+    assert checkpoint.export(run, out) == 32
+    model, decoder = sample.load_weights(out)
+    assert decoder is None and sample.generate(model, None, [{"sex": "male"}], [0], steps=2)[0].isfinite().all()
+    with safetensors.safe_open(out / "radit/model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(radit.RadiT(model.config).state_dict())
+    ema = {f"ema.{name}": torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    checkpoint.load(checkpoint.latest(run), ema, {})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, ema[f"ema.{name}"].bfloat16().float())
+    assert (out / "radit/model.safetensors").read_bytes() == (run / "weights/radit/model.safetensors").read_bytes()
+    assert (out / "radit/config.json").read_bytes() == (run / "weights/radit/config.json").read_bytes()
+
+
+def export_and_measure(run, out, pipe):
+    torch.set_num_threads(1)
+    save(run.with_name("small"), 8, {"ema.x": torch.zeros(2)})
+    checkpoint.export(run.with_name("small"), out)                   # what is imported at the first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpoint.export(run, out)
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def test_export_needs_less_memory_than_the_optimizer_state(tmp_path):
+    """24 tensors of 4 MB: model and EMA have 96 MB, the moments 192. Bfloat16 weights and one tensor are held."""
+    big = {f"{kind}.{i}": torch.randn(2 ** 20) for kind in ("model", "ema", "exp_avg", "exp_avg_sq") for i in range(24)}
+    save(tmp_path / "run", 8, big)
+    near, far = job.context.Pipe()
+    process = job.context.Process(target=export_and_measure, args=(tmp_path / "run", tmp_path / "out", far))
+    process.start()
+    process.join()
+    assert near.recv() < 96 * 2 ** 20
+    written = safetensors.torch.load_file(tmp_path / "out/radit/model.safetensors")
+    assert set(written) == {str(i) for i in range(24)} and torch.equal(written["5"], big["ema.5"].bfloat16())
+
+
+def test_export_refuses_in_one_line(command, tmp_path):
+    status, _, errors = command("train.py", "export", tmp_path / "nothing", tmp_path / "out")
+    assert status == 2 and "no complete checkpoint" in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+    save(tmp_path / "run", 8, {"ema.decoder.conv.parametrizations.weight.0.A": torch.zeros(2)})
+    with pytest.raises(InputError, match="this run trains adapters; .*weights/vae holds them beside their base"):
+        checkpoint.export(tmp_path / "run", tmp_path / "out")

@@ -1,0 +1,210 @@
+"""The loop on several processes: losses do not depend on the layout, signals and deaths end it in order, speed costs nothing."""
+import signal
+import time
+
+import job
+import pytest
+import torch
+
+import checkpoint
+import hub
+import loop
+import parallel
+import radit
+import train
+from cli import InputError
+from job import log_of
+
+CFG = dict(images=160, batch=8, lr=3e-3, warmup=40, ema=200, log_every=1, save_every=10)  # 20 steps
+
+
+def config(**changes):
+    return loop.TrainConfig(**(CFG | changes))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run of one process, to which all others are compared."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert job.run(0, "radit", config(), out) == [0]
+    return out
+
+
+def same(a, b, tolerance):
+    """Two runs' logs, line by line."""
+    a, b = log_of(a), log_of(b)
+    assert [line["images"] for line in a] == [line["images"] for line in b]
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for key in x.keys() - {"loss_by_t"}:
+            assert x[key] == pytest.approx(y[key], rel=tolerance), (key, x["images"])
+        for p, q in zip(x.get("loss_by_t", []), y.get("loss_by_t", [])):
+            assert (p is None) == (q is None) and (p or 0) == pytest.approx(q or 0, rel=tolerance, abs=2e-4)  # of four digits
+
+
+def state_of(run):
+    """All tensors of a run's newest checkpoint, whatever layout wrote it."""
+    folder = checkpoint.latest(run)
+    known = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(stored.size, dtype=stored.properties.dtype) for name, stored in known.items()}
+    checkpoint.load(folder, tensors, {})
+    return tensors
+
+
+def identical(a, b):
+    a, b = state_of(a), state_of(b)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize("world, changes, how", [
+    (2, {}, {}), (2, {}, {"sharded": True}),
+    (0, {"accumulate": 4}, {"checkpointed": True}),
+    (2, {"accumulate": 2}, {"sharded": True, "checkpointed": True})], ids=["ddp", "fsdp", "accumulate", "all"])
+def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
+    assert set(job.run(world, "radit", config(**changes), tmp_path / "run", **how)) == {0}
+    same(tmp_path / "run", one, 1e-4)
+    assert log_of(one)[-1]["loss"] != log_of(one)[0]["loss"]
+    states = state_of(one), state_of(tmp_path / "run")
+    assert states[0].keys() == states[1].keys()                      # no wrapper's prefix
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+    files = [hub.load_model(radit.RadiT, radit.RadiTConfig, run / "weights/radit") for run in (one, tmp_path / "run")]
+    for a, b in zip(*(model.parameters() for model in files)):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-4)
+
+
+def test_each_layout_continues_what_another_began(one, tmp_path):
+    """One process begins, two with FSDP continue, two with DDP, one finishes."""
+    out = tmp_path / "run"
+    for images, world, how in ((40, 0, {}), (80, 2, {"sharded": True}), (120, 2, {}), (160, 0, {"checkpointed": True})):
+        assert set(job.run(world, "radit", config(images=images), out, **how)) == {0}
+    held_out = [line.pop("held_out_loss", None) for line in log_of(out)]
+    assert sum(value is not None for value in held_out) == 4         # at the end of each part
+    for x, y in zip(log_of(out), log_of(one), strict=True):
+        assert x["images"] == y["images"] and x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, {"sharded": True}], ids=["ddp", "fsdp"])
+def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, how):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert job.run(2, "radit", config(), whole, **how) == [0, 0]
+    event = (1, 5, signal.SIGUSR1 if how else signal.SIGTERM)        # the second process, in its fifth step
+    assert job.run(2, "radit", config(), stopped, event=event, **how) == [loop.STOPPED] * 2
+    assert checkpoint.latest(stopped).name == "64"                   # the next step at which all are asked: 8
+    assert job.run(2, "radit", config(), stopped, **how) == [0, 0]
+    assert log_of(stopped) == log_of(whole)                          # bit for bit
+    identical(stopped, whole)
+
+
+def test_a_signal_between_two_lines_of_the_log(tmp_path):
+    """Alone, a process stops after the step in which it was asked; the interval becomes two lines."""
+    cfg = config(log_every=4, save_every=4, images=96)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert job.run(0, "radit", cfg, whole) == [0]
+    assert job.run(0, "radit", cfg, stopped, event=(0, 6, signal.SIGTERM)) == [75]
+    assert job.run(0, "radit", cfg, stopped) == [0]
+    a, b = log_of(whole), log_of(stopped)
+    assert [line["images"] for line in b] == [32, 48, 64, 96]
+    assert (b[1]["loss"] + b[2]["loss"]) / 2 == pytest.approx(a[1]["loss"], rel=1e-6) and (b[0], b[3]) == (a[0], a[2])
+    identical(stopped, whole)
+
+
+@pytest.mark.parametrize("number, timeout", [(signal.SIGKILL, None), (signal.SIGSTOP, loop.parallel.timedelta(seconds=3))], ids=["dead", "hanging"])
+def test_the_job_ends_when_a_process_dies_or_hangs(tmp_path, number, timeout):
+    started = time.monotonic()
+    first, second = job.start(2, "radit", config(images=10 ** 6, log_every=10 ** 6), tmp_path / "run", event=(1, 3, number), timeout=timeout)
+    first.join(60)
+    assert first.exitcode not in (None, 0, loop.STOPPED) and time.monotonic() - started < 60
+    second.kill()
+    second.join()
+
+
+def test_the_running_statistics_are_of_the_whole_batch(tmp_path):
+    for name, world, changes in (("one", 0, {}), ("two", 2, {}), ("four", 2, {"accumulate": 2})):
+        assert set(job.run(world, "vae", config(images=48, save_every=6, **changes), tmp_path / name)) == {0}
+    expected = state_of(tmp_path / "one")
+    for name in ("two", "four"):
+        same(tmp_path / name, tmp_path / "one", 1e-4)
+        found = state_of(tmp_path / name)
+        for key in ("model.bn.running_mean", "model.bn.running_var", "model.bn.num_batches_tracked", "ema.bn.running_var"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+    assert expected["model.bn.num_batches_tracked"] == 6             # steps
+
+
+def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
+    """FSDP's bfloat16 weights are what autocast makes of DDP's float32 ones; moments and EMA stay float32."""
+    cfg = config(images=64, save_every=8)
+    for name, how in (("ddp", {}), ("fsdp", {"sharded": True})):
+        assert job.run(2, "radit", cfg, tmp_path / name, bf16=True, **how) == [0, 0]
+    same(tmp_path / "fsdp", tmp_path / "ddp", 2e-3)
+    assert {tensor.dtype for tensor in state_of(tmp_path / "fsdp").values()} == {torch.float32}
+
+
+def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
+    def draw(part):
+        rng = loop.Draw(loop.generator("cpu", 3, 640), 8, part)
+        return rng.normal(2, 3), rng.uniform(5), rng(lambda count, rng: train.flow.sample_times(count, 2.0, rng))
+    whole, halves = draw(slice(None)), [draw(slice(0, 4)), draw(slice(4, 8))]
+    for i, numbers in enumerate(whole):
+        assert torch.equal(numbers, torch.cat([half[i] for half in halves])) and len(numbers) == 8
+    assert not torch.equal(whole[0], loop.Draw(loop.generator("cpu", 3, 648), 8).normal(2, 3))
+    assert ((whole[2].sort().values == whole[2]).all())              # the stratified times: one in each eighth
+
+
+@pytest.mark.parametrize("world, accumulate, accepted", [(2, 2, True), (3, 1, False), (8, 2, False), (1, 3, False)])
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, world, accumulate, accepted):
+    monkeypatch.setattr(parallel, "world", world)
+    if accepted:
+        assert loop.micro_batch(config(accumulate=accumulate)) == 2
+        return
+    with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {world} processes, --accumulate {accumulate}"):
+        loop.micro_batch(config(accumulate=accumulate))
+
+
+def test_the_command_line_refuses_before_it_writes(command, tmp_path):
+    for more, message in ((["--fsdp"], "start it with torchrun"), (["--accumulate", "3"], "must be a multiple of 3")):
+        status, _, errors = command("train.py", "radit", "--data", "nowhere", "--pixels", "--out", tmp_path / "run", *more)
+        assert status == 2 and message in errors.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def bf16_is_used():
+    return parallel.pick_device()[1]
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.skipif(not bf16_is_used(), reason="no bfloat16 units"))])
+def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monkeypatch, bf16):
+    device = parallel.pick_device()[0]
+    monkeypatch.setattr(loop, "pick_device", lambda: (device, bf16))
+    monkeypatch.setattr(loop, "draw_curve", lambda history, path: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        job.radit_job(config(), tmp_path / "compiled", blocks=3, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # three blocks, twenty steps, one graph
+    job.radit_job(config(), tmp_path / "eager", blocks=3)
+    same(tmp_path / "compiled", tmp_path / "eager", 2e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_is_waited_for_at_the_log_only(tmp_path, monkeypatch):
+    """Between two lines nothing synchronises, from the second interval on: torch would raise."""
+    monkeypatch.setattr(loop, "draw_curve", lambda history, path: None)
+    lines, summary = [], loop.summary
+
+    def watched(*arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        lines.append(1)
+        return summary(*arguments)
+
+    class Task(train.RadiTTask):
+        def loss(self, model, batch, draw):
+            torch.cuda.set_sync_debug_mode("error" if lines else "default")
+            return super().loss(model, batch, draw)
+
+    monkeypatch.setattr(loop, "summary", watched)
+    monkeypatch.setattr(train, "RadiTTask", Task)
+    job.radit_job(config(log_every=5, save_every=20), tmp_path / "run", compiled=True)
+    assert len(lines) == 4
