@@ -3,7 +3,6 @@ process that has loaded torch already, which makes a process cheap enough to kil
 import json
 import multiprocessing
 import os
-import signal
 import socket
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import radit
 import train
 import vae
 
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["job"])
 
@@ -121,7 +121,8 @@ def run(*arguments, **options):
     for process in processes:
         process.join(240)
         if process.exitcode is None:
-            process.send_signal(signal.SIGKILL) if hasattr(process, "send_signal") else process.kill()
+            process.kill()
+            process.join()
     return [process.exitcode for process in processes]
 
 

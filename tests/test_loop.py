@@ -1,5 +1,9 @@
 """The loop on several processes: losses do not depend on the layout, signals and deaths end it in order, speed costs nothing."""
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import job
@@ -168,6 +172,28 @@ def test_the_command_line_refuses_before_it_writes(command, tmp_path):
     for more, message in ((["--fsdp"], "start it with torchrun"), (["--accumulate", "3"], "must be a multiple of 3")):
         status, _, errors = command("train.py", "radit", "--data", "nowhere", "--pixels", "--out", tmp_path / "run", *more)
         assert status == 2 and message in errors.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_torchrun_itself(phantoms, tmp_path):
+    """SIGTERM to torchrun reaches the processes, which save; the same command continues; a killed process ends it all."""
+    run, command = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "radit",
+        "--data", phantoms, "--pixels", "--patch", "8", "--size", "XS", "--batch", "4", "--log-every", "4", "--save-every", "4",
+        "--images", "1000000", "--no-compile", "--fsdp", "--out", tmp_path / "run"]
+    ends = []
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with open(tmp_path / "output.txt", "w") as output:
+            process = subprocess.Popen(list(map(str, command)), cwd=job.ROOT, stdout=output, stderr=subprocess.STDOUT)
+        begun = checkpoint.latest(run)
+        while checkpoint.latest(run) == begun:                       # until it has saved once more
+            time.sleep(0.05)
+            assert process.poll() is None
+        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+        os.kill(process.pid if number == signal.SIGTERM else int(children[0]), number)
+        assert process.wait(60) != 0
+        ends.append((tmp_path / "output.txt").read_text())
+    stopped = int(re.search(r"all saved at ([\d,]+) images", ends[0])[1].replace(",", ""))
+    assert f"2 processes, 1,800 images, starting at {stopped:,} seen" in ends[1]
+    assert "SIGKILL" in ends[1]
 
 
 def bf16_is_used():

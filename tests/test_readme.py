@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 # `pip install` and `pytest` are what runs this file (.ci/run), so only what follows them is run here.
 COMMANDS = [command for line in LINES for command in line.split(" && ") if command.startswith("python")]
-SMALLER = {"train.py plan": [], "train.py": ["--images", "32", "--batch", "8", "--log-every", "2", "--save-every", "4"],
+TRAIN = ["--images", "32", "--batch", "8", "--log-every", "2", "--save-every", "4"]
+SMALLER = {"train.py vae": TRAIN, "train.py radit": TRAIN,
            "sample.py": ["--n", "7", "--steps", "2"], "edit.py": ["--steps", "2"], "study.py build": ["--pairs", "3"],
            "causal.py fit": ["--steps", "20"], "classifier.py fit": ["--images", "32"], "classifier.py utility": ["--images", "32"]}
 
