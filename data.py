@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import secrets
+import sys
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -27,12 +28,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import sources
 from cli import InputError, Parser, positive, run, write_csv, write_json
 from fields import FIELDS, FINDINGS, LABELS, VALUES, parse_value, settle, spelled
-from radiograph import Rejected, load_image, read_radiograph
+from radiograph import Rejected, is_synthetic, load_image, read_radiograph
 
 COLUMNS = ("Dataset_name", "ImagePath", "PatientID", "Age", "Sex_name", "Race_name", "View_name", "Split", *LABELS)
 SPLITS = ("train", "valid", "test")
@@ -190,7 +192,8 @@ def records_of(source, root, out, labels=None, metadata_only=False):
 
 
 def prepare_one(job):
-    """Reads, resizes and writes one image; returns None or the reason why not."""
+    """Reads, resizes and writes one image; returns None or the reason why not, and whether it says that it is synthetic,
+    which the prepared PNG then says too."""
     file, record, out, size, bits = job
     target = out / record["path"]
     try:
@@ -198,13 +201,18 @@ def prepare_one(job):
             raise Rejected(record["unfit"])
         array = read_radiograph(file, size, bits)
     except Rejected as reason:
-        return str(reason)
-    Image.fromarray(array).save(f"{target}.tmp", "PNG")
+        return str(reason), False
+    synthetic, info = is_synthetic(file), PngInfo()
+    if synthetic:
+        info.add_text("Synthetic", "yes")
+    Image.fromarray(array).save(f"{target}.tmp", "PNG", pnginfo=info)
     os.replace(f"{target}.tmp", target)
+    return None, synthetic
 
 
 def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None):
-    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing.
+    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing,
+    and synthetic: how many of those taken say that they are, if any.
 
     Rows are written in the source's order, whatever the number of workers. After every chunk OUT/progress.json says how
     far the two tables reach; the same command after an interruption cuts them there and goes on.
@@ -234,10 +242,10 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         print(f"labels: {len(labels)} names, of which {found} are images of {root}")
     (out / "images").mkdir(parents=True, exist_ok=True)
     settings = about | {"root": str(root.resolve()), "rows": total}
-    mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "ends": [0, 0]}
+    mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "synthetic": 0, "ends": [0, 0]}
     if mark.exists() and json.loads(mark.read_text())["settings"] == settings:
         state = json.loads(mark.read_text())
-    counts = Counter({key: state[key] for key in ("taken", "rejected", "missing")})
+    counts, synthetic = Counter({key: state[key] for key in ("taken", "rejected", "missing")}), state.get("synthetic", 0)
     beside = out.with_name(out.name + ".rejected.csv")
     parts = [out / "index.csv.part", Path(f"{beside if source == 'folder' else out / 'rejected.csv'}.part")]
     for path, end in zip(parts, state["ends"]):
@@ -254,7 +262,8 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
             present = [] if metadata_only else [(file, record, out, size, bits) for file, record in chunk if file]
             results = pool.imap(prepare_one, present, chunksize=8)
             for file, record in chunk:
-                reason = next(results) if file and not metadata_only else record.get("unfit")
+                reason, made_up = next(results) if file and not metadata_only else (record.get("unfit"), False)
+                synthetic += made_up
                 if file is None and not metadata_only:
                     counts["missing"] += 1
                 elif reason:
@@ -266,7 +275,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
                 bar.update()
             index.flush()
             rejects.flush()
-            write_json(mark, {"settings": settings, **counts, "ends": [index.tell(), rejects.tell()]})
+            write_json(mark, {"settings": settings, **counts, "synthetic": synthetic, "ends": [index.tell(), rejects.tell()]})
     for path in parts:
         os.replace(path, path.with_suffix(""))
     if source == "folder":
@@ -275,6 +284,8 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         write_csv(out / "rejected.csv", ["path", "reason"], rows)
     write_json(out / "prepared.json", about)
     mark.unlink()
+    if synthetic:
+        counts["synthetic"] = synthetic
     return counts
 
 
@@ -375,6 +386,9 @@ def main():
     what, reasons = "rows" if args.metadata_only else "images", "." if args.source == "folder" else "/"
     print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{reasons}rejected.csv), "
           f"{counts['missing']} in the tables but not there")
+    if counts["synthetic"]:
+        print(f"warning: {counts['synthetic']} of these images say that they are synthetic. The index does not tell them from real ones, "
+              "only the text field Synthetic of their PNGs does: prepare them apart from real images", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Loading is strict: an unknown or missing key in the config, a missing, extra or misshapen tensor, a truncated file
 is one clear line (InputError), never a partly loaded model. Weights are stored in bfloat16 and run in float32.
 
-Wherever a folder is read, a folder on the Hugging Face Hub may stand: ORG/NAME, or ORG/NAME/FOLDER. Its files are
-downloaded once and then taken from huggingface_hub's cache, without a network.
+Wherever a folder is read, a folder on the Hugging Face Hub may stand: ORG/NAME, or ORG/NAME/FOLDER, or ORG/NAME@REVISION (a
+branch, a tag or a commit). Its files are downloaded once, an interrupted download is continued, and then they are taken from
+huggingface_hub's cache, without a network; HF_HUB_OFFLINE=1 asks for nothing else.
 """
 import dataclasses
 import hashlib
@@ -29,16 +30,17 @@ def find(place, *names):
     # A name on the Hub has two parts; `runs/vea` beside a folder `runs` is a slip of the pen and asks nobody.
     if len(place.parts) < 2 or Path(place.parts[0]).exists():
         return None
-    repository = "/".join(place.parts[:2])
+    repository, _, revision = "/".join(place.parts[:2]).partition("@")
+    at = {"revision": revision or None}
     for name in names:
         file = "/".join([*place.parts[2:], name])
         try:
-            cached = huggingface_hub.try_to_load_from_cache(repository, file)  # a path, None, or "known to be absent"
+            cached = huggingface_hub.try_to_load_from_cache(repository, file, **at)  # a path, None, or "known to be absent"
             if isinstance(cached, str):
                 return Path(cached)
             if cached is None:
-                huggingface_hub.file_exists(repository, file)  # fails at once without a network, a download after many tries
-                return Path(huggingface_hub.hf_hub_download(repository, file))
+                huggingface_hub.file_exists(repository, file, **at)  # fails at once without a network, a download after many tries
+                return Path(huggingface_hub.hf_hub_download(repository, file, **at))
         except huggingface_hub.errors.RemoteEntryNotFoundError:
             pass  # on to the next name
         except Exception as error:  # whatever its HTTP library raises, which changes from version to version

@@ -118,6 +118,15 @@ def is_dicom(path):
         return file.read(132)[128:] == b"DICM"
 
 
+def is_synthetic(path):
+    """Whether a readable image file says of itself that it is synthetic: in a text field of a PNG as this project writes it,
+    or by DICOM's Synthetic Data (0008,001C)."""
+    if is_dicom(path):
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SyntheticData"]).get("SyntheticData") == "YES"
+    with Image.open(path) as image:
+        return image.info.get("Synthetic") == "yes"
+
+
 def load_image(path):
     """A prepared grey PNG as float32 (1, H, W) in [-1, 1]."""
     with Image.open(path) as image:

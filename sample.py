@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import dicom
 import fields
 import flow
 import hub
+import publish
 import radiograph
 import radit
 import vae
@@ -152,6 +154,8 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
 
 
 def main():
+    if sys.argv[1:2] == ["push"]:
+        return publish.main(sys.argv[2:], load_weights)
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
@@ -203,8 +207,9 @@ def main():
     if args.causal and (asked or args.like or args.metadata) and not args.balance:
         raise InputError("--causal draws every field itself; set one by --do, without --like or --metadata")
 
-    n = args.n or 16
+    n, threads = args.n or 16, torch.get_num_threads()
     seeds = list(range(args.seed, args.seed + n))
+    torch.set_num_threads(1)                                         # the causal model's matrices are small: a second thread only waits
     if args.metadata:
         records, own = cohort.read_rows(args.metadata, cfg.datasets, cfg.covered)
         records = [record | asked for record in records[:args.n]]
@@ -225,7 +230,9 @@ def main():
     elif args.causal:
         records = cohort.patients(causal.load(args.causal), args.do, n, args.seed, cfg.covered)
     else:
-        records = [asked or cfg.examples[seed % len(cfg.examples)] for seed in seeds]
+        examples = cfg.examples or [{}]                              # trained without any metadata
+        records = [asked or examples[seed % len(examples)] for seed in seeds]
+    torch.set_num_threads(threads)
     wanted, records = records, fields.only_covered(records, cfg.covered)
     if wanted != records:
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "

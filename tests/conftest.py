@@ -1,12 +1,15 @@
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import loopback
 import phantom
 
 
@@ -35,3 +38,19 @@ def phantom_weights(phantoms, tmp_path_factory):
                     "--images", "32000", "--batch", "32", "--lr", "2e-3", "--warmup", "3000", "--ema", "5000", "--log-every", "250",
                     "--save-every", "1000", "--no-compile", "--out", str(run)], check=True)
     return run / "weights"
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """Serves tmp_path/served/ORG/NAME/... as the Hub does, for commands started meanwhile; yields (server, requests, drops)."""
+    requests, drops = [], {}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), loopback.handler(tmp_path / "served", requests, drops))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server, requests, drops
+    server.shutdown()
+    server.server_close()

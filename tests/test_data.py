@@ -1,13 +1,17 @@
 import csv
 import math
+import sys
 
 import pytest
+import torch
 from PIL import Image
 from pictures import RAMP, picture, write_dicom
 
 import cli
 import data
+import dicom
 import fields
+import radiograph
 import sources
 from cli import InputError
 
@@ -324,3 +328,22 @@ def test_images_beside_an_index_are_counted(tmp_path):
     write_index(root)
     assert data.prepare("folder", root, tmp_path / "out", size=64) == {"taken": 1, "rejected": 1, "missing": 0}
     assert [row["path"] for row in read_rows(tmp_path / "out.rejected.csv")] == ["b.png"]
+
+
+def test_synthetic_images_are_counted_and_stay_marked(tmp_path, monkeypatch, capsys):
+    """A PNG as sample.py writes it, a DICOM file with Synthetic Data YES, and two real ones beside them."""
+    root = tmp_path / "root"
+    root.mkdir()
+    image = torch.from_numpy(RAMP / 127.5 - 1)[None]
+    picture(root, RAMP, name="a.png")
+    radiograph.save_image(image, root / "b.png", {"Synthetic": "yes"})
+    dicom.write(root / "c.dcm", image, {}, "demo", 0)
+    write_dicom(root / "d.dcm", RAMP)
+    monkeypatch.setattr(sys, "argv", ["data.py", "prepare", "folder", str(root), str(tmp_path / "out"), "--size", "64", "--workers", "1"])
+    data.main()
+    said = capsys.readouterr()
+    assert "4 images" in said.out and [line for line in said.err.splitlines() if "warning" in line] == [
+        "warning: 2 of these images say that they are synthetic. The index does not tell them from real ones, only the text field "
+        "Synthetic of their PNGs does: prepare them apart from real images"]
+    paths = [tmp_path / "out" / record["path"] for record in data.read_index(tmp_path / "out")]
+    assert [radiograph.is_synthetic(path) for path in paths] == [False, True, True, False]

@@ -1,7 +1,7 @@
-import hashlib
-import http.server
 import json
-import threading
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import data
 import hub
 import radiograph
 from cli import InputError
+from conftest import ROOT
 from vae import RadVAE, VAEConfig
 
 SMALL = VAEConfig(channels=1, latent_channels=2, widths=(4, 8), layers=1, groups=2)
@@ -93,51 +94,11 @@ def test_the_fingerprint_follows_the_weights(folder, tmp_path):
     assert hub.fingerprint(folder) != before
 
 
-# --- the Hub: a server on this machine that answers as the real one does --------------------------------------
-
-@pytest.fixture
-def hub_server(tmp_path, monkeypatch):
-    """Serves tmp_path/served/ORG/NAME/... as the Hub does, for commands started meanwhile; yields (server, requests)."""
-    commit, requests = "c0ffee" + 34 * "0", []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            organisation, name, _, revision, file = self.path[1:].split("/", 4)
-            requests.append(f"{self.command} {file}")
-            repository = tmp_path / "served" / organisation / name
-            known = repository.is_dir() and revision in ("main", commit)
-            content = (repository / file).read_bytes() if known and (repository / file).is_file() else None
-            self.send_response(404 if content is None else 200)
-            self.send_header("X-Repo-Commit", commit)
-            if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            else:
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            return content or b""
-
-        def do_GET(self):
-            self.wfile.write(self.do_HEAD())
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield server, requests
-    server.shutdown()
-    server.server_close()
-
+# --- the Hub: a server on this machine that answers as the real one does (loopback.py) -------------------------
 
 def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path, hub_server, command):
     """A small FLUX.2 in diffusers' layout, in a folder vae/ as in black-forest-labs/FLUX.2-klein-4B."""
-    server, requests = hub_server
+    server, requests, _ = hub_server
     torch.manual_seed(0)
     folder = tmp_path / "served/org/flux-small/vae"
     folder.mkdir(parents=True)
@@ -175,9 +136,53 @@ def test_a_misspelt_path_asks_nobody(tmp_path, monkeypatch):
     (tmp_path / "runs/vae").mkdir(parents=True)
     (tmp_path / "runs/vae/b").write_text("b")
     asked = []
-    monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args: asked.append(args))
-    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args: "/".join(args))
+    monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args, **at: asked.append((*args, at["revision"])))
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args, **at: "/".join(args))
     assert hub.find("runs/vae", "a", "b") == Path("runs/vae/b")
     for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae"):
         assert hub.find(place, "a") is None and not asked
-    assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a")]
+    assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a", None)]
+    assert hub.find("org/name@v1/radit", "a") and asked[1] == ("org/name", "radit/a", "v1")
+
+
+LOAD = """
+import sys, hub, vae, cli
+for place in sys.argv[1:]:
+    try:
+        print(hub.fingerprint(place), hub.load_model(vae.RadVAE, vae.VAEConfig, place).config.widths)
+    except cli.InputError as error:
+        print(error)
+"""
+
+
+def load_all(*places, **environment):
+    """What loading each place from the Hub comes to, in a process of its own: HF_ENDPOINT is read when it starts."""
+    done = subprocess.run([sys.executable, "-c", LOAD, *places], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_revisions_resumed_downloads_and_what_can_be_wrong(tmp_path, hub_server):
+    _, requests, drops = hub_server
+    root = tmp_path / "served/org"
+    for seed, name in enumerate(("good", "good@v1", "cut", "missing", "wrong")):
+        torch.manual_seed(seed)
+        hub.save_model(RadVAE(SMALL), root / name)
+    weights = root / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (root / "missing/model.safetensors").unlink()
+    edit_config(root / "wrong", colour="blue")
+    drops["model.safetensors"] = 1                                   # the first download of the first model breaks off
+    lines, errors = load_all("org/good", "org/good@v1", "org/good@v2", "org/cut", "org/missing", "org/wrong", "org/none")
+    assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")] and len(lines) == 7
+    half = (root / "good/model.safetensors").stat().st_size // 2
+    assert f"GET model.safetensors bytes={half}-" in requests
+    assert "model.safetensors: 100%" in errors                       # the progress bar
+    assert "org/good@v2: no such folder here, and not to be had" in lines[2]
+    assert "model.safetensors: truncated" in lines[3]
+    assert lines[4] == "org/missing: no model.safetensors; a model is a folder with config.json and model.safetensors"
+    assert "colour" in lines[5] and "unknown or missing" in lines[5] and "org/none: no such folder here" in lines[6]
+    seen = len(requests)
+    lines, _ = load_all("org/good", "org/good@v1", "org/other", HF_HUB_OFFLINE="1")
+    assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")] and len(requests) == seen
+    assert "org/other: no such folder here" in lines[2] and "offline" in lines[2].lower() and len(lines) == 3
