@@ -76,8 +76,13 @@ def encode(model, decoder, images, seed=0):
 
 
 @torch.no_grad()
-def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=25, solver="heun", depth=1.0, mask=None, seed=None):
+def edit(model, decoder, images, factual, counterfactual, guidance=2.0, steps=12, solver="heun", depth=1.0, mask=None, seed=None):
     """Images (N, 1, H, W) in [-1, 1] with their records, as the records `counterfactual` would have them: (N, 1, H, W).
+
+    The defaults are measured (benchmarks/results/editing-demo.txt): 12 steps of Heun bring an unchanged image back to a third of
+    the VAE's own error, 25 of Euler, at the same cost, to nearly three times that error. Guidance 1, 2 and 4 turn the judge's
+    answer in 41, 51 and 61 % of the images, and change pixels by 16, 22 and 33 grey levels: 2 is in between. Depth 1 lets
+    everything change that must.
 
     depth in (0, 1]: how far back towards noise; less keeps more of the image and changes less. mask (1, 1, H, W) in {0, 1}:
     1 where the image may change. With a seed the noise inside the mask is drawn anew, not the image's own.
@@ -211,7 +216,7 @@ def main():
     parser.add_argument("--causal", type=Path, default=sample.DEMO / "causal", help="the causal model whose descendants follow")
     parser.add_argument("--no-causal", dest="causal", action="store_const", const=None, help="change nothing but what is set")
     parser.add_argument("--guidance", type=float, default=2.0, help="of what changes; 1 is off")
-    parser.add_argument("--steps", type=cli.positive, default=25)
+    parser.add_argument("--steps", type=cli.positive, default=12)
     parser.add_argument("--solver", choices=("euler", "heun"), default="heun")
     parser.add_argument("--depth", type=float, default=1.0, help="how far back towards noise, above 0 to 1")
     region = parser.add_mutually_exclusive_group()

@@ -193,7 +193,9 @@ def train_vae(args, cfg):
     task = VAETask(model.config, held_out, args.kl_weight, encoder, args.perceptual_weight)
     if args.base:
         task.about |= {"base": model.fingerprint, "lora_rank": args.lora_rank}
-    train(task, model.to(memory_format=torch.channels_last), dataset, cfg, args.out)
+    # Channels last is what bfloat16 convolutions want; in float32 it costs a quarter of the speed on a CPU.
+    layout = torch.channels_last if pick_device()[1] else torch.contiguous_format
+    train(task, model.to(memory_format=layout), dataset, cfg, args.out)
 
 
 def numbers(text):

