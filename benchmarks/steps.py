@@ -41,11 +41,11 @@ def evaluations_of(solver, steps):
     return steps * (2 if solver == "heun" else 1)
 
 
-def draw(model, decoder, asked, seeds, guidance, plan, folder):
+def draw(model, decoder, asked, seeds, guidance, folder):
     """{(solver, steps): images}, sixteen at a time by every solver, drawn or read from `folder`."""
-    drawn = {way: [] for way in plan}
+    drawn = {way: [] for way in PLAN}
     for part in (slice(start, min(start + 16, len(seeds))) for start in range(0, len(seeds), 16)):
-        for solver, steps in plan:
+        for solver, steps in PLAN:
             path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
             if not path.exists():
                 with tqdm(desc=path.stem, unit="evaluation", total=evaluations_of(solver, steps)) as bar:
@@ -83,7 +83,6 @@ def main():
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
     parser.add_argument("--n", type=cli.positive, default=48)
-    parser.add_argument("--up-to", type=cli.positive, default=100, help="leave out what takes more evaluations")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/steps"))
@@ -99,12 +98,11 @@ def main():
     folder = args.out / f"{digest}-guidance-{args.guidance:g}-seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     seeds = list(range(args.seed, args.seed + args.n))
-    plan = [way for way in PLAN if evaluations_of(*way) <= args.up_to + 1]  # Heun's even number may be one more
-    drawn = draw(model, decoder, asked, seeds, args.guidance, plan, folder)
+    drawn = draw(model, decoder, asked, seeds, args.guidance, folder)
 
     reference = fidelity.features(images[a], encoder)
     real = metrics.compare(reference, fidelity.features(images[chosen], encoder), 5, None, args.seed)
-    best, rows = drawn[plan[-1]], []
+    best, rows = drawn[PLAN[-1]], []
     for (solver, steps), pictures in drawn.items():
         apart = (pictures - best).square().mean((1, 2, 3)).sqrt()    # N
         row = metrics.compare(reference, fidelity.features(pictures, encoder), 5, None, args.seed)
@@ -117,7 +115,7 @@ def main():
         times = flow.time_grid(steps, model.config.shift)
         lines.append(f"{solver:14}{evaluations_of(solver, steps):12}{flow.passes(times, solver, args.guidance):8}"
                      + "".join(f"{'{:.3f} ± {:.3f}'.format(*row[m]):>18}" for m in ("FDD", "KDD"))
-                     + f"{'-' if (solver, steps) == plan[-1] else '{:.4f} ± {:.4f}'.format(*row['distance']):>22}")
+                     + f"{'-' if (solver, steps) == PLAN[-1] else '{:.4f} ± {:.4f}'.format(*row['distance']):>22}")
     lines.append(f"{'the real ones':34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*real[m]):>18}" for m in ("FDD", "KDD")))
     cli.write_text(args.out / "steps.txt", "\n".join(lines) + "\n")
     draw_figure(rows, {m: real[m] for m in ("FDD", "KDD")}, args.out / "steps.png")
