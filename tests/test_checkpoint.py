@@ -115,14 +115,15 @@ def export_and_measure(run, out, pipe):
 
 
 def test_export_needs_less_memory_than_the_optimizer_state(tmp_path):
-    """24 tensors of 4 MB: model and EMA have 96 MB, the moments 192. Bfloat16 weights and one tensor are held."""
+    """24 tensors of 4 MB: model and EMA have 96 MB each, the moments 192. Bfloat16 weights are held, twice while their
+    file is written, and one tensor: 100 MB. The EMA in float32 and its file would make 192 already."""
     big = {f"{kind}.{i}": torch.randn(2 ** 20) for kind in ("model", "ema", "exp_avg", "exp_avg_sq") for i in range(24)}
     save(tmp_path / "run", 8, big)
     near, far = job.context.Pipe()
     process = job.context.Process(target=export_and_measure, args=(tmp_path / "run", tmp_path / "out", far))
     process.start()
     process.join()
-    assert near.recv() < 96 * 2 ** 20
+    assert near.recv() < 144 * 2 ** 20
     written = safetensors.torch.load_file(tmp_path / "out/radit/model.safetensors")
     assert set(written) == {str(i) for i in range(24)} and torch.equal(written["5"], big["ema.5"].bfloat16())
 

@@ -186,7 +186,7 @@ def test_the_command_writes_the_pictures(tmp_path, command):
     assert status == 0, errors
     assert Image.open(tmp_path / "sweep/strip.png").size == (384, 142) and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
     files = [(tmp_path / f"sweep/age-{age}.dcm").read_bytes() for age in (20, 40, 60)]
-    assert not any(word in file for word in (b"Doe", b"4711", b"Elsewhere", ds.SOPInstanceUID.encode()) for file in files)
+    assert not any(word in file for word in (b"Doe^Jane", b"MRN4711", b"ACC4711", b"Elsewhere", ds.SOPInstanceUID.encode()) for file in files)
     old = pydicom.dcmread(tmp_path / "sweep/age-60.dcm")
     assert old.PatientAge == "060Y" and old[0x0008, 0x001C].value == "YES" and "would have it with age 60" in old.DerivationDescription
 

@@ -202,6 +202,7 @@ class Page:
 
     def __init__(self, browser, path):
         self.browser = browser
+        browser.get_log("browser")                                   # what another test left there
         browser.get(path.as_uri())
 
     def __getitem__(self, name):

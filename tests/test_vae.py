@@ -76,7 +76,12 @@ def test_equals_diffusers_flux2(flux2):
     image = peer.decode(posterior.mean).sample
     assert image.std(1).mean() > 1e-3                                # else its mean would say little
     assert ours.decode(mean).shape == x.shape
-    assert torch.allclose(ours.decode(mean), image.mean(1, keepdim=True), atol=1e-5)
+    # In float32 the peer is 1.2e-5 away from itself in float64 on a CPU with AVX2, so the architecture is compared in float64.
+    assert torch.allclose(ours.decode(mean), image.mean(1, keepdim=True), atol=5e-5)
+    image = peer.double().decode(posterior.mean.double()).sample
+    latent = (patchify(posterior.mean.double()) - peer.bn.running_mean[:, None, None]) / (peer.bn.running_var + 1e-4)[:, None, None].sqrt()
+    assert torch.allclose(ours.double().decode(latent), image.mean(1, keepdim=True), atol=1e-12)
+    peer.float()
 
 
 def flux2_skeleton(channels, c, widths, layers, groups):
