@@ -136,8 +136,8 @@ def open_folder(out, about, rank=0):
     before = json.loads(table.read_text()) if table.exists() else about
     for key in {**about, **before}:
         if before.get(key) != about.get(key):
-            raise InputError(f"{out} holds pictures of another command, with {key} = {before.get(key)}, not {about.get(key)}; "
-                             "delete it, or name another --out")
+            what = "other metadata or seeds" if key == "metadata" else f"{key} = {before.get(key)}, not {about.get(key)}"
+            raise InputError(f"{out} holds pictures of another command, with {what}; name another --out")
     for folder in ["images"] + ["dicom"] * about["dicom"]:
         (out / folder).mkdir(exist_ok=True)
     if not table.exists():
