@@ -247,7 +247,7 @@ def test_pictures_of_another_command_are_never_mixed_in(weights, tmp_path):
     model, decoder = sample.load_weights(weights)
     sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW)
     before = contents(tmp_path / "a")
-    for records, seeds, how, key in ((RECORDS[:5], SEEDS[:5], HOW, "images = 10, not 5"), (RECORDS[::-1], SEEDS, HOW, "metadata = "),
+    for records, seeds, how, key in ((RECORDS[:5], SEEDS[:5], HOW, "images = 10, not 5"), (RECORDS[::-1], SEEDS, HOW, "other metadata or seeds"),
                                      (RECORDS, SEEDS, HOW | {"steps": 3}, "steps = 2, not 3")):
         with pytest.raises(cli.InputError, match=key):
             sample.draw(tmp_path / "a", model, decoder, records, seeds, how)
