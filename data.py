@@ -3,7 +3,8 @@
 The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into one index of 1.2M rows. This file
 does the same for a download of any of them.
 
-    source (sources.py) --prepare--> PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
+    source (radiographs/sources.py) --prepare-->
+                                     PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
                                      PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
                                      PREPARED/rejected.csv  path and reason of every image that was not taken
 
@@ -12,7 +13,6 @@ does the same for a download of any of them.
     python data.py stats PREPARED... --out stats.png
 """
 import csv
-import hashlib
 import hmac
 import itertools
 import json
@@ -31,79 +31,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-import sources
-from cli import InputError, Parser, positive, run, write_csv, write_json
-from fields import FIELDS, FINDINGS, LABELS, VALUES, parse_value, settle, spelled
-from radiograph import Rejected, is_synthetic, load_image, read_radiograph
-
-COLUMNS = ("Dataset_name", "ImagePath", "PatientID", "Age", "Sex_name", "Race_name", "View_name", "Split", *LABELS)
-SPLITS = ("train", "valid", "test")
-
-
-def stable_split(patient, valid=0.1, test=0.1):
-    """train, valid or test by a hash of the patient: the same on every machine, no patient in two splits."""
-    u = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2 ** 64
-    return "test" if u < test else "valid" if u < test + valid else "train"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The index
-
-def index_records(root):
-    """The rows of ROOT/index.csv, one at a time: dicts of the known fields and path, patient, split. Names of new data
-    sets pass. ROOT may also be a table of that form itself, such as the master CSV of CXR7-1M, beside its images.
-
-    Raises InputError for a missing file or column, a value outside the vocabulary, a path that leaves ROOT.
-    """
-    root = Path(root)
-    table, root = (root, root.parent) if root.is_file() else (root / "index.csv", root)
-    if not table.exists():
-        raise InputError(f"{root}: no index.csv, so this is not a prepared source (see python data.py prepare)")
-    inside = root.resolve()
-    for number, row in enumerate(sources.read_table(table), start=2):
-        try:
-            yield index_record(row, inside)
-        except InputError as error:
-            raise InputError(f"{table}, line {number}: {error}") from None
-
-
-def index_record(row, root):
-    """One row as a record."""
-    missing = [column for column in COLUMNS if row.get(column) is None]
-    if missing:
-        raise InputError(f"no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
-    if not (root / row["ImagePath"]).resolve().is_relative_to(root):
-        raise InputError(f"ImagePath {row['ImagePath']!r} leaves {root}")
-    if row["Split"] not in SPLITS:
-        raise InputError(f"unknown Split {row['Split']!r}; accepted: {', '.join(SPLITS)}")
-    record = {"dataset": row["Dataset_name"] or None, "age": parse_value("age", row["Age"]),
-              "sex": parse_value("sex", row["Sex_name"]), "race": parse_value("race", row["Race_name"]),
-              "view": parse_value("view", row["View_name"]), "path": row["ImagePath"], "patient": row["PatientID"],
-              "split": row["Split"], "prompt": row.get("Prompt")}    # the last of text-to-image benchmarks, if there
-    codes = {"0": None, "": None, "1": "negative", "2": "positive"}
-    for field, label in FINDINGS.items():
-        code = row[label].removesuffix(".0")                         # pandas writes whole numbers so beside blanks
-        if code not in codes:
-            raise InputError(f"unknown code {row[label]!r} for {label}; accepted: 0 unknown, 1 negative, 2 positive")
-        record[field] = codes[code]
-    return spelled(record)
-
-
-def read_index(root):
-    """All rows of ROOT/index.csv; see index_records."""
-    if records := list(index_records(root)):
-        return records
-    raise InputError(f"{root}: the index has no rows")
-
-
-def index_row(record):
-    """A record as a row of index.csv."""
-    label = {None: "0", "negative": "1", "positive": "2"}
-    age = f"{record['age']:g}" if "age" in record else ""
-    return [record.get("dataset", ""), record["path"], record["patient"], age,
-            *(record.get(field, "Unknown").capitalize() for field in ("sex", "race")),
-            record.get("view", "Unknown"), record["split"], *(label[record.get(field)] for field in FINDINGS)]
-
+from common.cli import InputError, Parser, positive, run, write_csv, write_json
+from radiographs import sources
+from radiographs.fields import (FIELDS, FINDINGS, LABELS, VALUES, drop_unknown,
+                                resolve_labels)
+from radiographs.index import (COLUMNS, index_records, index_row, read_index,
+                               stable_split)
+from radiographs.pixels import (Rejected, is_synthetic, load_image,
+                                read_radiograph)
 
 # ---------------------------------------------------------------------------------------------------------
 # Preparing: a stream of (file, record) to images and rows, in the stream's order, in chunks that can be continued
@@ -125,7 +60,7 @@ SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sou
 CHUNK = 1024  # images between two marks from which an interrupted run continues
 
 
-def keyed(out):
+def pseudonymiser(out):
     """text -> 16 hex digits by a key that lies beside OUT, not in it: who gets the prepared folder cannot turn an
     identifier back by trying all of them. The same key makes the same names when a folder is prepared again."""
     path = out.with_name(out.name + ".key")
@@ -148,10 +83,10 @@ def read_labels(path):
         for label in LABELS:
             if row[label].strip().removesuffix(".0") not in ("1", "0", "-1", ""):
                 raise InputError(f"{path}, line {number}: {label} is {row[label]!r}; accepted: 1 positive, 0 negative, -1 or blank unknown")
-    return {row["name"]: spelled(sources.chexpert_labels(row)) for row in rows}
+    return {row["name"]: drop_unknown(sources.chexpert_labels(row)) for row in rows}
 
 
-def strays(root, claimed, kinds):
+def unlisted_files(root, claimed, kinds):
     """The files at or below root of the kinds that a source's tables name, which no row names; 8 bytes of memory a row."""
     claimed = np.sort(np.frombuffer(claimed, np.int64))
     for path in sources.walk(root):
@@ -163,13 +98,13 @@ def strays(root, claimed, kinds):
 
 def records_of(source, root, out, labels=None, metadata_only=False):
     """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital.
-    Last come the images that no row of a table names, as unfit."""
+    Last come the images that no row of a table names, as reject_reason."""
     hashed, claimed, kinds = None, array("q"), set()
     try:
         for file, record in SOURCES[source](root):
             record |= (labels or {}).get(record["name"], {})
             if source == "folder":
-                hashed = hashed or keyed(out)
+                hashed = hashed or pseudonymiser(out)
                 record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
             if Path(record["name"]).name != record["name"]:
                 raise InputError(f"{root}: the image name {record['name']!r} is not a plain file name")
@@ -177,14 +112,14 @@ def records_of(source, root, out, labels=None, metadata_only=False):
             share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
             record["path"] = f"images/{record.pop('name')}.png"
             if source != "folder" or labels:  # an index in the project's own columns is taken as it says
-                record = settle(record)
+                record = resolve_labels(record)
             if file:
                 claimed.append(hash(str(file)))
                 kinds.add(file.suffix)
             yield file, {"split": stable_split(record["patient"], **share)} | record
         if not metadata_only and (source != "folder" or (root / "index.csv").exists()):
-            yield from ((file, {"path": file.name, "unfit": "no row of the tables names it, or another file of this name was taken"})
-                        for file in strays(root, claimed, kinds))
+            yield from ((file, {"path": file.name, "reject_reason": "no row of the tables names it, or another file of this name was taken"})
+                        for file in unlisted_files(root, claimed, kinds))
     except InputError:
         raise
     except (KeyError, ValueError, AttributeError) as error:
@@ -197,8 +132,8 @@ def prepare_one(job):
     file, record, out, size, bits = job
     target = out / record["path"]
     try:
-        if "unfit" in record:
-            raise Rejected(record["unfit"])
+        if "reject_reason" in record:
+            raise Rejected(record["reject_reason"])
         array = read_radiograph(file, size, bits)
     except Rejected as reason:
         return str(reason), False
@@ -262,7 +197,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
             present = [] if metadata_only else [(file, record, out, size, bits) for file, record in chunk if file]
             results = pool.imap(prepare_one, present, chunksize=8)
             for file, record in chunk:
-                reason, made_up = next(results) if file and not metadata_only else (record.get("unfit"), False)
+                reason, made_up = next(results) if file and not metadata_only else (record.get("reject_reason"), False)
                 synthetic += made_up
                 if file is None and not metadata_only:
                     counts["missing"] += 1
@@ -279,7 +214,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     for path in parts:
         os.replace(path, path.with_suffix(""))
     if source == "folder":
-        name = keyed(out)
+        name = pseudonymiser(out)
         rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in sources.read_table(beside))
         write_csv(out / "rejected.csv", ["path", "reason"], rows)
     write_json(out / "prepared.json", about)

@@ -50,19 +50,19 @@ def flow_loss(predict, data, noise, t, prediction="velocity"):
     return (v - target).square().mean((1, 2, 3))
 
 
-def guidance_acts(t, weight, interval):
+def guidance_active(t, weight, interval):
     """Whether a velocity at time t needs the null branch too."""
     return weight != 1 and interval[0] <= float(t) <= interval[1]
 
 
-def guided(predict, condition, null, weight, prediction="velocity", interval=(0, 1)):
+def classifier_free_guidance(predict, condition, null, weight, prediction="velocity", interval=(0, 1)):
     """velocity(x, t) under guidance. predict(x, t, *condition) is the network; `condition` and `null` are tuples of
     tensors (N, ...). Both branches run in one batch of 2N; with weight 1, or for t outside the interval (both ends belong
     to it), the null branch is not run at all."""
     both = [torch.cat(pair) for pair in zip(condition, null)]
 
     def velocity(x, t):                                              # N C H W, float
-        acts = guidance_acts(t, weight, interval)
+        acts = guidance_active(t, weight, interval)
         t = torch.full((len(x),), float(t), device=x.device)
         if not acts:
             return to_velocity(predict(x, t, *condition).float(), x, t, prediction)
@@ -73,10 +73,10 @@ def guided(predict, condition, null, weight, prediction="velocity", interval=(0,
     return velocity
 
 
-def passes(times, solver, weight, interval=(0, 1)):
+def count_network_calls(times, solver, weight, interval=(0, 1)):
     """How many times the network runs for one image: once for a velocity, twice for a guided one."""
     visited = [t for step in zip(times[:-1], times[1:]) for t in (step if solver == "heun" else step[:1])]
-    return sum(1 + guidance_acts(t, weight, interval) for t in visited)
+    return sum(1 + guidance_active(t, weight, interval) for t in visited)
 
 
 def integrate(velocity, x, times, solver="heun", report=None):

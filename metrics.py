@@ -28,12 +28,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import cli
-import data
-import hub
-import raddino
-from cli import InputError
-from fields import GROUPS, groups_of
+from common import cli, hub
+from common.cli import InputError
+from encoders import raddino
+from radiographs.fields import GROUPS, groups_of
+from radiographs.index import SPLITS, read_index
 
 TILE = 1024  # rows of a block of distances
 
@@ -163,7 +162,7 @@ def listed(where, split=None):
     where = Path(where)
     if where.is_file() or (where / "index.csv").exists():
         root = where.parent if where.is_file() else where
-        records = [record | {"path": root / record["path"]} for record in data.read_index(where)]
+        records = [record | {"path": root / record["path"]} for record in read_index(where)]
         records = [record for record in records if split in (None, record["split"])]
     elif where.is_dir():
         if split:
@@ -268,7 +267,7 @@ def main():
     parser.add_argument("synthetic", type=Path, help="the last folder is the synthetic one")
     parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"),
                         help="Rad-DINO, %(default)s, by default; without a network weights/demo/classifier")
-    parser.add_argument("--split", choices=data.SPLITS, help="of the real images")
+    parser.add_argument("--split", choices=SPLITS, help="of the real images")
     parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="the same for each subgroup or positive label")
     parser.add_argument("--train", nargs="+", type=Path, default=[], help="what the model was trained on (split train): memorisation")
     parser.add_argument("--protocol", choices=("own", "chexgenbench"), default="own")

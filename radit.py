@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from fields import CODED, DATASETS, VALUES
+from radiographs.fields import CODED, DATASETS, VALUES
 
 # name: (width, depth, heads). Widths and SwiGLU widths are multiples of 128, heads are 64 or 128 wide.
 SIZES = {"XS": (256, 8, 4),       # 10M: a laptop

@@ -2,11 +2,8 @@
 
     python sample.py                                              16 pictures from the embedded weights
     python sample.py --view PA --sex female --age 60 --set pneumonia=positive --n 4 --out out/women
-    python sample.py --causal --do cardiomegaly=positive          whole patients of the causal model, one field set
-    python sample.py --balance sex,age --n 10000 --out cohort     whole cohorts; cohort.py says of whom
+    python sample.py --metadata cohort.csv                        one image a row of a table; python -m causal cohort writes some
     torchrun --nproc_per_node=8 sample.py ...                     the same images, shared among GPUs
-    python sample.py serve                                        a page to draw on, at 127.0.0.1
-    python sample.py push WEIGHTS ORG/NAME                        publish weights on the Hugging Face Hub
 
 Image i is drawn from the seed SEED + i alone: the same seed and metadata give the same picture in any batch, to rounding. Fields
 that are not given are unknown to the model; with none given at all, each image asks for the metadata of an example
@@ -18,26 +15,19 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import causal
-import cli
-import cohort
-import data
-import dicom
-import fields
 import flow
-import hub
-import publish
-import radiograph
 import radit
-import vae
-from cli import InputError
+from autoencoder.load import load_vae
+from common import cli, hub
+from common.cli import InputError
+from radiographs import dicom, fields, pixels
+from radiographs.index import COLUMNS, index_row, read_rows
 
 DEMO = Path(__file__).parent / "weights" / "demo"
 
@@ -50,7 +40,7 @@ def load_weights(folder):
     model = hub.load_model(radit.RadiT, radit.RadiTConfig, folder / "radit")
     if not model.config.vae:
         return model, None
-    decoder = vae.load(folder / "vae")
+    decoder = load_vae(folder / "vae")
     if decoder.fingerprint != model.config.vae:
         raise InputError(f"{folder / 'vae'} is not the VAE whose latents {folder / 'radit'} was trained on")
     return model, decoder
@@ -72,7 +62,7 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
              bf16=None):
     """One image for each record (dict of field -> value) and seed: (N, 1, H, W) in [-1, 1], and the number of
     velocity evaluations an image cost. `report()` is called after every evaluation of every batch; guidance acts for
-    times in `interval`; `bf16` None is yes where the device multiplies bfloat16 faster. flow.passes counts what was run."""
+    times in `interval`; `bf16` None is yes where the device multiplies bfloat16 faster. flow.count_network_calls counts what was run."""
     cfg, device = model.config, next(model.parameters()).device
     times = flow.time_grid(steps, cfg.shift)
     batch = batch or fitting_batch(cfg, device)
@@ -83,7 +73,7 @@ def generate(model, decoder, records, seeds, steps=25, guidance=2.0, solver="eul
                              for seed in part])                      # N C H W, drawn on the CPU: the same on any device
         condition = [x.to(device) for x in fields.encode_metadata(records[start:start + batch], cfg.datasets)]
         null = [torch.full_like(condition[0], torch.nan), torch.zeros_like(condition[1])]
-        velocity = flow.guided(model, condition, null, guidance, cfg.prediction, interval)
+        velocity = flow.classifier_free_guidance(model, condition, null, guidance, cfg.prediction, interval)
         with torch.autocast(device.type, torch.bfloat16, enabled=cli.fast_bf16(device) if bf16 is None else bf16):
             x, evaluations = flow.integrate(velocity, noise.to(device), times, solver, report)  # N C H W, float32
             x = decoder.decode(x) if decoder else x                  # N 1 H W
@@ -108,20 +98,20 @@ def write_image(out, name, image, record, seed, how, as_dicom=False):
     if as_dicom:
         words = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("weights", "fingerprint"))
         dicom.write(out / f"dicom/{name}.dcm", image, record, f"{how['weights']} {how['fingerprint']}", seed, words)
-    radiograph.save_image(image, out / f"images/{name}.png", text_fields(how, seed=seed, metadata=json.dumps(record)))
+    pixels.save_image(image, out / f"images/{name}.png", text_fields(how, seed=seed, metadata=json.dumps(record)))
 
 
 def write_tables(out, names, records, seeds, how):
     """OUT/grid.png of the first 64, metadata.csv, and index.csv as a prepared source has it, so that data.py, metrics.py and
     classifier.py read OUT like any other. They come last, when all pictures are there."""
-    first = torch.stack([radiograph.load_image(out / f"images/{name}.png") for name in names[:64]])  # N 1 H W
-    radiograph.save_image(radiograph.grid(first), out / "grid.png", text_fields(how))
+    first = torch.stack([pixels.load_image(out / f"images/{name}.png") for name in names[:64]])  # N 1 H W
+    pixels.save_image(pixels.grid(first), out / "grid.png", text_fields(how))
     rows = ([f"images/{name}.png", seed, *(record.get(field, "") for field in fields.FIELDS)]
             for name, record, seed in zip(names, records, seeds))
     cli.write_csv(out / "metadata.csv", ["file", "seed", *fields.FIELDS], rows)
-    index = (data.index_row(record | {"path": f"images/{name}.png", "patient": f"synthetic-{seed}", "split": "train"})
+    index = (index_row(record | {"path": f"images/{name}.png", "patient": f"synthetic-{seed}", "split": "train"})
              for name, record, seed in zip(names, records, seeds))
-    cli.write_csv(out / "index.csv", data.COLUMNS, index)
+    cli.write_csv(out / "index.csv", COLUMNS, index)
 
 
 def open_folder(out, about, rank=0):
@@ -173,11 +163,6 @@ def draw(out, model, decoder, records, seeds, how, batch=16, as_dicom=False, ran
 
 
 def main():
-    if sys.argv[1:2] == ["push"]:
-        return publish.main(sys.argv[2:], load_weights)
-    if sys.argv[1:2] == ["serve"]:
-        import serve  # which imports this file
-        return serve.main(sys.argv[2:])
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description="Draw synthetic chest radiographs.",
                          epilog=f"Fields and their values. age: years; {values}; negative or positive: "
@@ -198,15 +183,7 @@ def main():
     for field in ("dataset", "age", "sex", "race", "view"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, e.g. pneumonia=positive")
-    whom = parser.add_mutually_exclusive_group()
-    whom.add_argument("--metadata", type=Path, metavar="FILE.csv", help="one image a row; columns as in metadata.csv or index.csv")
-    whom.add_argument("--like", nargs="+", type=Path, help="ask for the metadata of rows of these prepared sources")
-    whom.add_argument("--balance", metavar="FIELD,FIELD", help="as many images of each combination of these fields, age in bands")
-    parser.add_argument("--split", nargs="+", choices=data.SPLITS, help="of --like")
-    parser.add_argument("--causal", type=Path, nargs="?", const=DEMO / "causal", metavar="MODEL",
-                        help="draw whole patients from a causal model, without MODEL from the embedded one; with --balance, "
-                             "which takes causal/ beside the weights if there, another")
-    parser.add_argument("--do", action="append", default=[], metavar="FIELD=VALUE", help="with --causal: intervene")
+    parser.add_argument("--metadata", type=Path, metavar="FILE.csv", help="one image a row; columns as in metadata.csv or index.csv")
     parser.add_argument("--dicom", action="store_true", help="write OUT/dicom/*.dcm beside the PNGs")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
@@ -216,12 +193,8 @@ def main():
     model, decoder = load_weights(args.weights)
     cfg = model.config
     asked = {field: getattr(args, field) for field in ("dataset", "age", "sex", "race", "view") if getattr(args, field)}
-    for item in args.set:
-        if "=" not in item:
-            raise InputError(f"--set {item}: not of the form FIELD=VALUE, such as pneumonia=positive")
-        asked |= [item.split("=", 1)]
     asked = {field: fields.parse_value(field, text, cfg.datasets) for field, text in asked.items()}
-    asked = {field: value for field, value in asked.items() if value is not None}
+    asked = fields.drop_unknown(asked) | fields.parse_items(args.set, "--set", cfg.datasets)
     fields.check_covered(asked, cfg.covered)
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance {args.guidance} is not a finite number; 1 is off")
@@ -229,39 +202,15 @@ def main():
         raise InputError("--guidance-interval {:g} {:g}: not two times from 0 to 1, the lower one first".format(*args.guidance_interval))
     if not 0 <= args.seed < 2 ** 62:
         raise InputError(f"--seed {args.seed} is not from 0 to 2^62")
-    if args.do and not args.causal:
-        raise InputError("--do intervenes on a causal model: give --causal too, or --set for a mere wish")
-    if args.do and args.balance:
-        raise InputError("--balance sets its own fields: give a --set for a mere wish instead of --do")
-    if args.causal and (asked or args.like or args.metadata) and not args.balance:
-        raise InputError("--causal draws every field itself; set one by --do, without --like or --metadata")
 
-    n, threads = args.n or 16, torch.get_num_threads()
-    seeds = list(range(args.seed, args.seed + n))
-    torch.set_num_threads(1)                                         # the causal model's matrices are small: a second thread only waits
+    seeds = list(range(args.seed, args.seed + (args.n or 16)))
     if args.metadata:
-        records, own = cohort.read_rows(args.metadata, cfg.datasets, cfg.covered)
+        records, own = read_rows(args.metadata, cfg.datasets, cfg.covered)
         records = [record | asked for record in records[:args.n]]
         seeds = [args.seed + i if seed is None else seed for i, seed in enumerate(own[:args.n])]
-    elif args.like:
-        records = [record | asked for record in cohort.records_like(args.like, args.split, n, args.seed)]
-    elif args.balance:
-        patients = args.causal or args.weights / "causal"
-        patients = causal.load(patients) if args.causal or hub.find(patients, "config.json") else None
-        names = args.balance.split(",")
-        if twice := asked.keys() & set(names):
-            raise InputError(f"--balance {args.balance} sets {', '.join(twice)} itself; ask for other fields only")
-        records, cells, left_out = cohort.balanced(names, n, args.seed, cfg.covered, patients)
-        records = [record | asked for record in records]
-        say(f"{len(cells)} combinations of {', '.join(names)}, {n // len(cells)}{f' or {n // len(cells) + 1}' if n % len(cells) else ''} images each"
-            + (f"; not covered, so left out: {', '.join(left_out)}" if left_out else "")
-            + ("" if patients else "; no causal model beside the weights, so all other fields are unknown"))
-    elif args.causal:
-        records = cohort.patients(causal.load(args.causal), args.do, n, args.seed, cfg.covered)
     else:
         examples = cfg.examples or [{}]                              # trained without any metadata
         records = [asked or examples[seed % len(examples)] for seed in seeds]
-    torch.set_num_threads(threads)
     wanted, records = records, fields.only_covered(records, cfg.covered)
     if wanted != records:
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
@@ -278,7 +227,7 @@ def main():
     how = how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, interval=args.guidance_interval,
                     precision="bfloat16" if bf16 else "float32")
     drawn, evaluations = draw(args.out, model, decoder, records, seeds, how, args.batch or fitting_batch(cfg, device), args.dicom, rank, world)
-    passes = flow.passes(flow.time_grid(args.steps, cfg.shift), args.solver, args.guidance, args.guidance_interval)
+    passes = flow.count_network_calls(flow.time_grid(args.steps, cfg.shift), args.solver, args.guidance, args.guidance_interval)
     say(f"{len(seeds)} images in {args.out}, {drawn} of them drawn now, {evaluations} velocity evaluations and {passes} passes of the network "
         f"each; what each was asked to show is in {args.out}/metadata.csv")
 

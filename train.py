@@ -1,41 +1,265 @@
-"""What is trained, and by which command: Rad-VAE on images, RadiT on cached latents or on pixels. The loop is loop.py.
+"""Training: what is trained (Rad-VAE on images, RadiT on cached latents or on pixels), and the loop that trains it.
+
+The clock is the number of images seen. Data order, noise, times and dropout depend only on (seed, images seen) and the
+image's place in the batch, and the checkpoint holds everything else. So the same command again continues the run, and
+its losses are those of a run that was never stopped: bit for bit on as many processes, to rounding on others.
+
+    batch = world x accumulate x micro     process r computes images [(m world + r) micro, ...) of the batch, m = 0, 1, ...
+
+RUN/ checkpoints/        see training/checkpoint.py                                log.jsonl   one line an interval
+    weights/             the EMA, as sample.py and autoencoder/load.py load it     loss.png    the curve
+    preview.png          what the EMA does now, for fixed inputs
+
+SIGTERM and SIGUSR1, as schedulers send them before they take a node away: the step is finished, a checkpoint written,
+and every process leaves with status 75 (EX_TEMPFAIL): start me again. torchrun's own status is then 1, with 75 in its report.
 
     python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
     python train.py radit --data PREPARED... --latents LATENTS --size XS --out RUN
-    python train.py plan  --size XL --tokens 1.6e12 --gpus 64          what that would cost
-    python train.py export RUN OUT                                     the EMA as weights that sample.py reads
 
 On several GPUs the same commands start with `torchrun --nproc_per_node=8 train.py ...`. The same command again continues.
 """
 import argparse
+import json
 import math
+import os
 import random
 import shutil
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import cli
 import data
-import fields
 import flow
-import hub
-import lora
-import parallel
-import plan
-import raddino
-import radiograph
 import radit
 import sample
 import vae
-from cli import InputError, pick_device
-from latents import Latents, names_of
-from loop import Draw, TrainConfig, generator, micro_batch, train
+from autoencoder import lora
+from autoencoder.latents import Latents, evaluate, names_of
+from autoencoder.load import copy_vae, load_vae
+from common import cli, hub
+from common.cli import InputError, pick_device
+from encoders import raddino
+from radiographs import fields, pixels
+from training import checkpoint, parallel
 
+STOPPED = 75  # the exit status of a run that was asked to stop
+VOTE = 8      # steps between two questions to all processes whether one was asked to stop
+
+
+@dataclass
+class TrainConfig:
+    images: int = 1_000_000      # stop after this many images seen
+    batch: int = 16              # images a step, over all processes
+    lr: float = 1e-3             # AdamW's, after the warm-up
+    warmup: int = 8_000          # images over which the learning rate rises from 0
+    cooldown: int = 0            # images at the end over which it falls to 0
+    clip: float = 1.0            # largest norm of the gradient
+    ema: int = 20_000            # half-life of the weight average, in images; shorter at the start
+    log_every: int = 128         # steps between lines of the log
+    save_every: int = 512        # steps between checkpoints and previews; a multiple of log_every
+    keep: int = 2                # checkpoints kept
+    accumulate: int = 1          # parts of a step that a process computes one after another, for less memory
+    seed: int = 0
+
+
+def micro_batch(cfg):
+    """Images that a process computes at a time."""
+    parts = parallel.world * cfg.accumulate
+    if cfg.batch % parts:
+        raise InputError(f"--batch {cfg.batch} cannot be shared by {parallel.world} processes, --accumulate {cfg.accumulate}: "
+                         f"it must be a multiple of {parts}")
+    return cfg.batch // parts
+
+
+def batches(count, batch, seed, seen):
+    """Endless lists of indices, starting after `seen` images. Epoch e is a permutation that depends on (seed, e)."""
+    indices = []
+    while True:
+        epoch, start = divmod(seen, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for index in order[start:].tolist():
+            indices.append(index)
+            if len(indices) == batch:
+                yield indices
+                indices = []
+        seen = (epoch + 1) * count
+
+
+def generator(device, seed, seen):
+    """All randomness of the step that starts after `seen` images."""
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + seen) % 2 ** 63)
+
+
+class Draw:
+    """The random numbers of some images of a batch: draw(make), where make(count, generator) gives one row an image. They
+    are drawn for the whole batch, so that an image gets the same ones whichever process computes it."""
+
+    def __init__(self, rng, batch, part=slice(None)):
+        self.rng, self.batch, self.part = rng, batch, part
+
+    def __call__(self, make):
+        return make(self.batch, self.rng)[self.part]
+
+    def normal(self, *shape):                                        # n *shape
+        return self(lambda count, rng: torch.randn(count, *shape, generator=rng, device=rng.device))
+
+    def uniform(self, *shape):                                       # n *shape
+        return self(lambda count, rng: torch.rand(count, *shape, generator=rng, device=rng.device))
+
+
+@torch.no_grad()
+def update_ema(ema, model, images_seen, batch, half_life):
+    """ema <- lerp(ema, model), in float32; the half-life is at most a twentieth of the images seen, as in EDM2."""
+    decay = 0.5 ** (batch / max(min(half_life, images_seen / 20), 1e-9))
+    pairs = [map(parallel.local, pair) for pair in zip(ema.parameters(), model.parameters()) if pair[1].requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+
+def trainable_parameters(model):
+    """The parameters that are trained: all, or a LoRA's."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop, one for every model, on one device or under torchrun on many
+
+def train(task, model, dataset, cfg, out, compiled=(), checkpointed=(), sharded=()):
+    """Trains `model` until cfg.images images are seen; returns the EMA. Under torchrun all processes call this alike.
+
+    `task` has loss(model, batch, draw) -> (loss, dict of terms to log), preview(ema, path) -> dict to log (path None: draw
+    nothing), save(ema, folder), `about`, a dict of what must not change when a run is continued, and `flops`, the structural
+    floating-point operations of one training image; if there is finish(model), it is called after every step.
+    compiled, checkpointed, sharded: the blocks of the model that are compiled, whose activations are computed again in the
+    backward pass instead of kept, and that FSDP splits; without the last, every process holds the whole model.
+    """
+    micro, world, rank = micro_batch(cfg), parallel.world, parallel.rank
+    parallel.join()
+    device, bf16 = pick_device()
+    name, config, size = type(model).__name__, asdict(model.config), sum(p.numel() for p in trainable_parameters(model))
+    about = {"seed": cfg.seed, "batch": cfg.batch, "images_in_data": len(dataset)} | config | task.about
+    about = json.loads(json.dumps(about))  # tuples become lists, as in the checkpoint
+    called, ema, plain = parallel.set_up(model, bf16, compiled, checkpointed, sharded)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    checkpoint.start_moments(optimizer)
+    start, seen = parallel.agreed(checkpoint.latest(out)), 0
+    if start:
+        seen = checkpoint.load(start, checkpoint.tensors_of(model, ema, optimizer), about)
+    writer, log, history = checkpoint.Writer(out, cfg.keep), out / "log.jsonl", []
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        history = [entry for entry in history if entry["images"] <= seen]
+        print(f"{name}: {size:,} trained parameters, {device.type}, {'bfloat16' if bf16 else 'float32'}, "
+              + (f"{world} processes, " if world > 1 else "") + f"{len(dataset):,} images, starting at {seen:,} seen", flush=True)
+
+    parts = [slice(start, start + micro) for start in range(rank * micro, cfg.batch, world * micro)]
+    ours = (indices[part] for indices in batches(len(dataset), cfg.batch, cfg.seed, seen) for part in parts)
+    loader = iter(DataLoader(dataset, batch_sampler=ours, num_workers=4 if device.type == "cuda" else 0,
+                             pin_memory=device.type == "cuda", worker_init_fn=parallel.ignore_signals))  # workers are two batches ahead each
+    model.train()
+    total, steps, started = {}, 0, time.perf_counter()
+    with parallel.catch_signals() as asked:
+        while seen < cfg.images:
+            rate = cfg.lr * min(1, (seen + cfg.batch) / max(cfg.warmup, 1), (cfg.images - seen) / max(cfg.cooldown, 1))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for part in parts:
+                batch = next(loader)
+                batch = [x.to(device, non_blocking=True) for x in batch] if isinstance(batch, list) else batch.to(device, non_blocking=True)
+                draw = Draw(generator(device, cfg.seed, seen), cfg.batch, part)
+                with parallel.last_only(called, part is parts[-1]):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        loss, terms = task.loss(called, batch, draw)
+                    (loss / cfg.accumulate).backward()
+                for key, value in ({"loss": loss} | terms).items():  # means over images, or (2, bins) of sums and counts
+                    value = value.detach() if value.ndim else value.detach() / cfg.accumulate
+                    total[key] = total.get(key, 0) + value
+            total["grad_norm"] = total.get("grad_norm", 0) + parallel.clip(trainable_parameters(model), cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if hasattr(task, "finish"):
+                task.finish(model)
+            seen += cfg.batch
+            steps += 1
+            update_ema(ema, model, seen, cfg.batch, cfg.ema)
+            writer.poll()
+
+            step, done = seen // cfg.batch, seen >= cfg.images
+            stop = (world == 1 or step % VOTE == 0) and parallel.anyone(bool(asked)) and not done
+            if not (step % cfg.log_every == 0 or done or stop):
+                continue
+            entry = {"images": seen} | summary(total, steps)         # the only place that waits for the device
+            speed = steps * cfg.batch / (time.perf_counter() - started)
+            if not math.isfinite(entry["loss"] + entry["grad_norm"]):  # before anything is saved: what is on disk is good
+                refuse(entry, writer, out)
+            if step % cfg.save_every == 0 or done or stop:
+                writer.save(checkpoint.tensors_of(model, ema, optimizer),
+                            {"images": seen, "name": task.name, "config": config, "about": about, "processes": world})
+                if not stop:                                         # a node that is taken away leaves no time for pictures
+                    if sharded:
+                        parallel.put_together(ema, plain)
+                    if rank == 0:
+                        task.save(plain, out / "weights" / task.name)
+                    entry |= task.preview(ema, out / "preview.png" if rank == 0 else None)
+            if rank == 0:
+                history.append(entry)
+                cli.write_text(log, "".join(json.dumps(line) + "\n" for line in history))
+                draw_curve(history, out / "loss.png")
+                left = (cfg.images - seen) / speed / 3600
+                print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
+                      + f" | {speed:.1f} images/s, {speed * task.flops / 1e12:.3f} TFLOP/s, {left:.2f} h left", flush=True)
+            if stop:
+                writer.wait()
+                parallel.leave()
+                print(f"asked to stop: all saved at {seen:,} images; the same command continues", flush=True)
+                raise SystemExit(STOPPED)
+            total, steps, started = {}, 0, time.perf_counter()
+    writer.wait()
+    return ema
+
+
+def refuse(entry, writer, out):
+    """Ends a run whose loss or gradient is not finite."""
+    writer.wait()
+    good = checkpoint.latest(out)
+    kept = f"the last good state is {good}" if good else "there was no checkpoint yet"
+    raise SystemExit(f"loss {entry['loss']}, gradient {entry['grad_norm']} after {entry['images']:,} images: stopped; {kept}. "
+                     f"A lower --lr, a longer --warmup or a smaller --clip may help")
+
+
+def summary(total, steps):
+    """Means over an interval and all processes; a term that is a (2, bins) tensor holds sums and counts, and gives a list of
+    means."""
+    result = {}
+    for key, value in total.items():
+        value = parallel.summed(value)
+        if value.ndim == 2:
+            result[key] = [round(s / n, 4) if n else None for s, n in value.T.tolist()]
+        else:
+            result[key] = value.item() / (steps * parallel.world)
+    return result
+
+
+def draw_curve(history, path):
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.plot([entry["images"] for entry in history], [entry["loss"] for entry in history])
+    axes.set(xlabel="images seen", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(f"{path}.tmp", format="png", dpi=100)
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is trained
 
 class VAETask:
     """Rad-VAE on images; previews reconstruct held-out images: original, reconstruction, difference. `encoder` (None, or one
@@ -72,8 +296,8 @@ class VAETask:
         if path:
             x = self.held_out[:8].to(next(ema.parameters()).device)
             y = ema.decode(ema.encode(x)[0]).clamp(-1, 1)
-            radiograph.save_image(radiograph.grid(torch.cat([x, y, y - x]), columns=8), path)
-        return {f"held_out_{name}": score.mean().item() for name, score in vae.evaluate(ema, self.held_out, self.encoder).items()}
+            pixels.save_image(pixels.grid(torch.cat([x, y, y - x]), columns=8), path)
+        return {f"held_out_{name}": score.mean().item() for name, score in evaluate(ema, self.held_out, self.encoder).items()}
 
 
 class RadiTTask:
@@ -111,7 +335,7 @@ class RadiTTask:
         records = [self.config.examples[seed % len(self.config.examples)] for seed in seeds]
         images, _ = sample.generate(ema, self.decoder, records, seeds)
         if path:
-            radiograph.save_image(radiograph.grid(images), path)
+            pixels.save_image(pixels.grid(images), path)
         return {"held_out_loss": loss}
 
 
@@ -145,7 +369,7 @@ class Examples(Dataset):
 def train_radit(args, cfg):
     images, held_out = (data.Radiographs(args.data, split) for split in ("train", "valid"))
     latents = Latents(args.latents) if args.latents else None
-    decoder = vae.load(args.vae).to(pick_device()[0]) if latents else None
+    decoder = load_vae(args.vae).to(pick_device()[0]) if latents else None
     if latents:
         if decoder.fingerprint != latents.vae:
             raise InputError(f"{args.latents} holds latents of another VAE than {args.vae}; encode again")
@@ -169,7 +393,7 @@ def train_radit(args, cfg):
     few = [few[i] for i in range(0, len(few), max(1, len(few) // 256))][:256]
     few = [torch.stack(column) for column in zip(*few)]
     if latents and parallel.rank == 0:  # so that RUN/weights can be sampled from as it is
-        vae.copy(args.vae, args.out / "weights" / "vae")
+        copy_vae(args.vae, args.out / "weights" / "vae")
     train(RadiTTask(config, few, decoder), model, examples, cfg, args.out, compiled=model.blocks if args.compile else (),
           checkpointed=model.blocks if args.checkpointing else (), sharded=model.blocks if args.fsdp else ())
 
@@ -183,10 +407,10 @@ def train_vae(args, cfg):
                          f"not {held_out.shape[-1]}")
     torch.manual_seed(cfg.seed)
     if args.base:  # only adapters are trained; the base lies beside them, as it is
-        model = vae.load(args.base)
+        model = load_vae(args.base)
         lora.add(model, args.lora_rank, args.lora_alpha or args.lora_rank)
         if parallel.rank == 0:
-            vae.copy(args.base, args.out / "weights" / "vae")
+            copy_vae(args.base, args.out / "weights" / "vae")
     else:
         model = vae.RadVAE(vae.VAEConfig(args.channels, args.latent_channels, args.widths, args.layers, args.groups))
     encoder = raddino.load_encoder(args.encoder).to(pick_device()[0]) if args.encoder else None
@@ -203,7 +427,7 @@ def numbers(text):
 
 
 def main():
-    parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again resumes. Or export what was trained.")
+    parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again resumes.")
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = {"vae": TrainConfig(), "radit": TrainConfig(batch=64, ema=100_000, warmup=20_000)}
     for name, default in defaults.items():
@@ -212,7 +436,7 @@ def main():
         p.add_argument("--out", type=Path, required=True, help="the run's folder")
         for field, value in asdict(default).items():
             kind = cli.positive if field in ("images", "batch", "log_every", "save_every", "keep", "accumulate") else type(value)
-            p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value, help="see TrainConfig in loop.py")
+            p.add_argument(f"--{field.replace('_', '-')}", type=kind, default=value, help="see TrainConfig in train.py")
     p = commands.choices["vae"]
     p.add_argument("--widths", type=numbers, default=(128, 256, 512, 512), help="channels of each level, finest first")
     p.add_argument("--layers", type=cli.positive, default=2, help="residual blocks a level")
@@ -228,7 +452,7 @@ def main():
     p = commands.choices["radit"]
     p.add_argument("--size", choices=radit.SIZES, default="B")
     space = p.add_mutually_exclusive_group(required=True)
-    space.add_argument("--latents", type=Path, help="made by python vae.py encode")
+    space.add_argument("--latents", type=Path, help="made by python -m autoencoder encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels, data prediction")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
     p.add_argument("--patch", type=cli.positive, default=16, help="pixels a token on each side, with --pixels")
@@ -237,17 +461,7 @@ def main():
                    help="compile each block, which needs a C++ compiler")
     p.add_argument("--checkpointing", action="store_true", help="compute each block's activations twice instead of keeping them")
     p.add_argument("--fsdp", action="store_true", help="split weights, moments and EMA among torchrun's processes")
-    p = commands.add_parser("export", help="write the EMA of a run as weights that sample.py reads")
-    p.add_argument("run", type=Path, help="the folder of a run of yours: its checkpoints are unpickled")
-    p.add_argument("out", type=Path)
-    plan.add_arguments(commands.add_parser("plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                           help="what a training of RadiT would cost; nothing is built"))
     args = parser.parse_args()
-    if args.command == "plan":
-        return plan.show(args)
-    if args.command == "export":
-        seen = checkpoint.export(args.run, args.out)
-        return print(f"{args.out}: the EMA of {args.run} after {seen:,} images")
     if args.command == "radit" and args.latents and not args.vae:
         parser.error("--latents needs --vae, the VAE that they were made with")
     if args.command == "radit" and args.fsdp and not parallel.launched:

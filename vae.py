@@ -13,28 +13,17 @@ Conventions: images are grey, (N 1 H W) in [-1, 1]; a VAE of three channels sees
 its three. encode() returns the mean and log-variance of the *normalised, patchified* latent; sample with
 mean + exp(log-variance / 2) * noise, decode() takes the same space. Normalisation lives nowhere else.
 
-    python vae.py encode PREPARED... --vae VAE --out LATENTS
-    python vae.py evaluate PREPARED... --vae VAE                     VAE: a folder, or black-forest-labs/FLUX.2-klein-4B
+Trained by train.py; autoencoder/ loads what train.py or Black Forest Labs wrote, and caches latents.
 """
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
-import cli
-import data
-import flux
-import hub
-import latents
-import lora
-import metrics
-import raddino
-from perceptual import look, perceptual_loss
+from common import cli
+from encoders.perceptual import perceptual_loss
 
 
 @dataclass
@@ -262,98 +251,3 @@ def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, e
         terms["perceptual"] = perceptual_loss(encoder, x, reconstruction).mean()
         loss = loss + perceptual_weight * terms["perceptual"]
     return loss, terms
-
-
-# ---------------------------------------------------------------------------------------------------------
-# On disk: a folder that train.py wrote, or FLUX.2's autoencoder as it is published; either with adapters beside it
-
-FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "ae.safetensors")
-
-
-def locate(place):
-    """The folder of a VAE and its file of weights. `place` is a folder, a name on the Hub, or the file itself."""
-    place = Path(place)
-    if place.is_file():
-        return place.parent, place
-    for folder in ("", "vae/"):                                      # vae/ is where FLUX.2's repository keeps it
-        if file := hub.find(place, *(folder + name for name in FILES)):
-            return place / folder, file
-    raise cli.InputError(f"{place}: no VAE in it: none of {', '.join(FILES)}, nor in its folder vae")
-
-
-def load(place):
-    """The VAE with its adapters merged, if it has any, in eval mode. Its `fingerprint` names the file of weights: adapters
-    leave the encoder as it is, so latents made with the base stay valid."""
-    folder, file = locate(place)
-    if file.name == "model.safetensors":
-        model = hub.load_model(RadVAE, VAEConfig, folder)
-    else:
-        config = VAEConfig(**flux.read_config(hub.find(folder, "config.json")))
-        model = hub.load_tensors(RadVAE(config), file, lambda tensors: flux.rename(tensors, len(config.widths)))
-    model.fingerprint = hub.fingerprint(file)
-    if hub.find(folder, "lora.json"):
-        lora.load(model, folder)
-        lora.merge(model)
-    return model
-
-
-def copy(place, out):
-    """Copies the files of a VAE as they are, whatever they were called, so that its fingerprint stays."""
-    folder, file = locate(place)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(file, out / (file.name if file.name in FILES else "ae.safetensors"))
-    for name in ("config.json", "lora.json", "lora.safetensors"):
-        if extra := hub.find(folder, name):
-            shutil.copy(extra, out / name)
-
-
-@torch.no_grad()
-def evaluate(model, images, encoder=None, batch=16):
-    """What reconstruction does to `images`, a sequence of (1, H, W) in [-1, 1]: {"psnr": in dB, "ssim": ...}, each (N,). With
-    an encoder of raddino.py "perceptual", (N,), as well, and "fdd", one number: the Fréchet distance of originals and
-    reconstructions in its features."""
-    scores, seen, device = {"psnr": [], "ssim": []}, [], next(model.parameters()).device
-    for start in tqdm(range(0, len(images), batch), unit="batch", leave=False):
-        x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))]).to(device)  # N 1 H W
-        y = model.decode(model.encode(x)[0]).clamp(-1, 1)            # N 1 H W
-        scores["psnr"].append(psnr(x, y))
-        scores["ssim"].append(ssim(x, y))
-        if encoder:
-            scores.setdefault("perceptual", []).append(perceptual_loss(encoder, x, y))
-            seen.append([encoder(look(encoder, z))[0].cpu() for z in (x, y)])            # N D each
-    scores = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
-    if encoder:
-        real, returned = (metrics.moments(torch.cat(side)) for side in zip(*seen))
-        scores["fdd"] = torch.tensor(metrics.frechet(*real, *returned))
-    return scores
-
-
-def main():
-    parser = cli.Parser(description="Cache the latents of prepared sources, or measure reconstruction.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
-                       ("evaluate", "print what is lost in reconstructed images")):
-        p = commands.add_parser(name, help=text)
-        p.add_argument("data", nargs="+", type=Path, help="prepared sources")
-        p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
-    commands.choices["encode"].add_argument("--out", type=Path, required=True)
-    commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
-                                            help="rows of a training image: itself and slightly moved copies, for small data sets")
-    commands.choices["evaluate"].add_argument("--split", choices=data.SPLITS, default="test")
-    commands.choices["evaluate"].add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: "
-                                              "the perceptual distance and the Fréchet distance too")
-    args = parser.parse_args()
-    if args.command == "encode":
-        return latents.encode(args.data, load(args.vae), args.out, args.versions)
-    encoder = raddino.load_encoder(args.encoder) if args.encoder else None
-    scores = evaluate(load(args.vae), data.Radiographs(args.data, args.split), encoder)
-    decibel, similarity = scores["psnr"], scores["ssim"]
-    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
-          f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")
-    if encoder:
-        print(f"through {args.encoder}: perceptual distance {scores['perceptual'].mean():.3g} "
-              f"({scores['perceptual'].std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

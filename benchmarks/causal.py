@@ -18,9 +18,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import causal
-import graphs
-import mechanisms
+from causal import mechanisms, patients
+from causal.graph import GRAPH, check_graph
 
 DATASETS = (377_095, 273_004, 223_462, 160_846, 112_120, 40_967, 18_000)                   # arXiv 2606.19460
 ROOTS = {"sex": (559_384, 631_099), "race": (35_467, 71_869, 360_983), "view": (442_198, 333_777, 293_693),
@@ -36,7 +35,7 @@ TOTAL = 1_205_494
 def log_odds(name, columns, weights):
     """The true log-odds of a finding, (N,), from the classes of its parents, without the intercept."""
     total = 0
-    for parent in graphs.GRAPH[name]:
+    for parent in GRAPH[name]:
         x = (columns[parent] - 58) / 18 if parent == "age" else columns[parent]
         total = total + weights[name, parent] * x
     return total
@@ -44,9 +43,9 @@ def log_odds(name, columns, weights):
 
 def draw(n, rng):
     """True classes {variable: (N,) float} in topological order, and {finding: (N,) true chance of positive}."""
-    weights = {(child, parent): 1.2 * torch.randn((), generator=rng) for child in LABELS for parent in graphs.GRAPH[child]}
+    weights = {(child, parent): 1.2 * torch.randn((), generator=rng) for child in LABELS for parent in GRAPH[child]}
     columns, chances = {}, {}
-    for name in graphs.check_graph(graphs.GRAPH):
+    for name in check_graph(GRAPH):
         if name == "age":
             columns[name] = (58 + 18 * torch.randn(n, generator=rng)).round().clamp(0, 105)
         elif name in ROOTS:
@@ -77,23 +76,23 @@ def main():
     rates = [sum(ROOTS.get(name, LABELS.get(name, (TOTAL,)))) / TOTAL for name in names]
     known = torch.rand(whole.shape, generator=rng) < torch.tensor(rates)
     classes = torch.where(known, whole, torch.tensor(-1, dtype=torch.int16))
-    config = mechanisms.CausalConfig(graphs.GRAPH, {}, rows=args.n)
-    full = torch.full((args.n, len(causal.COLUMNS)), -1, dtype=torch.int16)
-    full[:, [causal.COLUMNS.index(name) for name in names]] = classes
-    config.shares = causal.count_shares(full, config, names)
+    config = mechanisms.CausalConfig(GRAPH, {}, rows=args.n)
+    full = torch.full((args.n, len(patients.COLUMNS)), -1, dtype=torch.int16)
+    full[:, [patients.COLUMNS.index(name) for name in names]] = classes
+    config.shares = patients.count_shares(full, config, names)
     start, cpu = time.perf_counter(), time.process_time()
     model = mechanisms.fit(classes, config, args.steps, seed=args.seed, progress=True)
     print(f"{args.n:,} records, {args.steps} steps of 256 rows a variable, seed {args.seed}: fitted in "
           f"{(time.perf_counter() - start) / 60:.1f} minutes ({(time.process_time() - cpu) / 60:.1f} of CPU time), "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
     start = time.perf_counter()
-    drawn = causal.sample(model, 20_000, seed=args.seed)
+    drawn = patients.sample(model, 20_000, seed=args.seed)
     print(f"20,000 patients drawn in {time.perf_counter() - start:.0f} s")
     shown = model.show(whole[:5000].double() + 0.5)                  # 5,000 true rows, with all parents
     print(f"{'finding':28}{'known':>10}{'with all parents':>18}   positive: true   drawn   error of p(positive | parents)")
     for name in LABELS:
         i = names.index(name)
-        parents = [names.index(parent) for parent in graphs.GRAPH[name]]
+        parents = [names.index(parent) for parent in GRAPH[name]]
         cut = torch.special.ndtri(model.levels[i, 1]).expand(5000)   # where negative ends and positive begins
         with torch.no_grad():
             p = 1 - torch.special.ndtr(model.transport(cut, shown, i, (1, 0)))

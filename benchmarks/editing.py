@@ -27,15 +27,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import classifier
-import cli
 import data
-import edit
-import fields
 import flow
-import hub
-import perceptual
 import sample
+from causal import edit
+from common import cli, hub
+from diagnosis import classifier
+from encoders import perceptual
+from radiographs import fields
 
 # name: (data set, whom it suits, field, new value)
 EDITS = {"age under 46 to 75": ("ChestX-ray14", lambda r: 20 <= r.get("age", 0) < 46, "age", 75.0),
@@ -56,12 +55,12 @@ def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, 
     times = end * (1 - depth * (1 - flow.time_grid(steps, model.config.shift)))
     seen = edit.conditions(model, factual)
     if seed is None:
-        x = edit.follow(flow.guided(model, seen, seen, 1, model.config.prediction), x, times.flip(0), "heun")[-1]
+        x = edit.follow(flow.classifier_free_guidance(model, seen, seen, 1, model.config.prediction), x, times.flip(0), "heun")[-1]
     else:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
         x = (1 - times[0]) * noise + times[0] * x
     nothing = edit.conditions(model, [{}] * len(images))
-    forward = flow.guided(model, edit.conditions(model, counterfactual), nothing, guidance, model.config.prediction)
+    forward = flow.classifier_free_guidance(model, edit.conditions(model, counterfactual), nothing, guidance, model.config.prediction)
     x = edit.follow(forward, x.float(), times, "heun")[-1]
     if end < 1:
         x = flow.integrate(forward, x, (end, 1.0), "euler")[0]
@@ -179,7 +178,7 @@ def main():
                 and (abs(r[field] - value) <= 10 if field == "age" else r[field] == value)]
         first, old = reconstruct(images[chosen]), [known[i] for i in chosen]
         # Labels that would contradict the change are settled as in training: no "no finding" beside a finding.
-        new = fields.only_covered([fields.settle(record | {field: value}) for record in old], model.config.covered)
+        new = fields.only_covered([fields.resolve_labels(record | {field: value}) for record in old], model.config.covered)
         real = of_target(ask(judge, images[same]), judge, field, value)[0].mean()
         jobs[name] = images[chosen], first, old, new, field, value, ask(judge, first), real
     print(f"\nEdits, {args.each} images each, {args.steps} Heun steps back and {args.steps} forward. Before, after, real: the probability of the value "

@@ -21,14 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import classifier
-import cli
 import data
-import fields
-import hub
 import metrics
-import raddino
 import sample
+from common import cli, hub
+from diagnosis import classifier
+from encoders import raddino
+from radiographs import fields
 
 
 @torch.no_grad()

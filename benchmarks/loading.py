@@ -1,4 +1,4 @@
-"""Reading radiographs to 512x512: radiograph.py beside the readers that users would pick instead, in one run.
+"""Reading radiographs to 512x512: pixels.py beside the readers that users would pick instead, in one run.
 
     pip install monai torchxrayvision scikit-image pandas
     python benchmarks/loading.py [--n 24]
@@ -24,8 +24,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import radiograph
 from pictures import write_dicom
+
+from radiographs import pixels
 
 READERS = ("radiograph.py", "MONAI", "torchxrayvision")
 
@@ -49,10 +50,11 @@ def write_files(folder, count):
 def build(name, kind):
     """path -> a 512x512 picture, as users of that library write it."""
     if name == "radiograph.py":
-        return lambda path: radiograph.read_radiograph(path, 512, bits=8 if "8 bits" in kind else 16)
+        return lambda path: pixels.read_radiograph(path, 512, bits=8 if "8 bits" in kind else 16)
     if name == "MONAI":
         from monai.data import PILReader, PydicomReader
-        from monai.transforms import Compose, LoadImage, Resize, ResizeWithPadOrCrop
+        from monai.transforms import (Compose, LoadImage, Resize,
+                                      ResizeWithPadOrCrop)
         reader = PydicomReader() if "DICOM" in kind else PILReader()
         return Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True),
                         Resize(512, size_mode="longest", mode="bilinear", anti_aliasing=True), ResizeWithPadOrCrop((512, 512))])
@@ -113,9 +115,9 @@ def main():
             for workers in range(1, os.cpu_count() + 1):
                 with context.Pool(workers) as pool:
                     jobs = [(path, 512, 8 if "8 bits" in kind else 16) for path in paths]
-                    pool.starmap(radiograph.read_radiograph, jobs[:workers])
+                    pool.starmap(pixels.read_radiograph, jobs[:workers])
                     start = time.perf_counter()
-                    pool.starmap(radiograph.read_radiograph, jobs * 2, chunksize=1)
+                    pool.starmap(pixels.read_radiograph, jobs * 2, chunksize=1)
                     print(f"{kind:24}{'radiograph.py':18}{2 * len(paths) / (time.perf_counter() - start):6.1f} images/s with {workers} workers")
 
 

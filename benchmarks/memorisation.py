@@ -5,7 +5,7 @@
 Distance: root mean square difference of the pixels, in [-1, 1], after averaging to 32x32, so that place and shape
 count and fine texture does not. Real held-out images (split test) are measured as they are and as the VAE returns
 them, since samples come out of the same decoder; training images as the VAE returns them, still and moved, show what copies
-would score. With --versions, the images searched are those that `vae.py encode --versions` made, moved copies included.
+would score. With --versions, the images searched are those that `python -m autoencoder encode --versions` made, moved copies included.
 A model that copies has samples near the last rows, one that does not near the held-out ones.
 Writes the closest pairs, sample above training image, to --out.
 """
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import data
-import radiograph
 import sample
+from common import cli
+from radiographs import pixels
 
 
 def descriptor(images):
@@ -40,7 +40,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="the prepared sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
-    parser.add_argument("--versions", type=int, default=1, help="as given to vae.py encode")
+    parser.add_argument("--versions", type=int, default=1, help="as given to python -m autoencoder encode")
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/nearest.png"))
@@ -52,7 +52,7 @@ def main():
     for record, image in zip(tqdm(everything.records), everything):
         versions = args.versions if record["split"] == "train" else 1
         if record["split"] == "train":
-            moved = [radiograph.jitter(image[None], torch.Generator().manual_seed(row + i)) for i in range(1, versions)]
+            moved = [pixels.jitter(image[None], torch.Generator().manual_seed(row + i)) for i in range(1, versions)]
             seen.append(descriptor(torch.cat([image[None], *moved])))
         row += versions
     training = torch.cat(seen)                                       # N * versions 1024
@@ -66,7 +66,7 @@ def main():
     if decoder:
         columns["held-out, through the VAE"] = decoder.decode(decoder.encode(held_out)[0]).clamp(-1, 1)
         columns["training, through the VAE"] = decoder.decode(decoder.encode(copies)[0]).clamp(-1, 1)
-        moved = radiograph.jitter(copies, torch.Generator().manual_seed(2 ** 32 + args.seed))
+        moved = pixels.jitter(copies, torch.Generator().manual_seed(2 ** 32 + args.seed))
         columns["the same, moved anew"] = decoder.decode(decoder.encode(moved)[0]).clamp(-1, 1)
     print(f"{args.weights}: {args.n} images each, seed {args.seed}, {len(train)} training images in {args.versions} versions, "
           f"RMS at 32x32 to the nearest")
@@ -78,7 +78,7 @@ def main():
         if name == "samples":
             closest = distance.argsort()[:8]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            radiograph.save_image(radiograph.grid(torch.cat([samples[closest], training_images[index[closest] // args.versions]]), columns=8), args.out)
+            pixels.save_image(pixels.grid(torch.cat([samples[closest], training_images[index[closest] // args.versions]]), columns=8), args.out)
 
 
 if __name__ == "__main__":

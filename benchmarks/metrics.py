@@ -18,8 +18,8 @@ import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import metrics
+from common import cli
 
 
 def two_sets(n, width):

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import radit
 import sample
 import vae
+from common import cli
 
 
 def ours(size, shape, device):
@@ -36,7 +36,8 @@ def ours(size, shape, device):
 
 def theirs(size, shape, device, bf16):
     """diffusers' pipeline: patches of 2x2 latent cells are the tokens, as RadiT's VAE patchifies them."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import (AutoencoderKL, DDIMScheduler, DiTPipeline,
+                           DiTTransformer2DModel)
     (width, depth, heads), cfg = radit.SIZES[size], shape["vae"]
     transformer = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=width // heads, in_channels=cfg.latent_channels,
                                         out_channels=cfg.latent_channels, num_layers=depth, sample_size=shape["side"] // 8, patch_size=2, num_embeds_ada_norm=1000)

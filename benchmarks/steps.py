@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-import classifier
-import cli
 import fidelity
-import fields
+
 import flow
-import hub
 import metrics
-import raddino
 import sample
+from common import cli, hub
+from diagnosis import classifier
+from encoders import raddino
+from radiographs import fields
 
 PLAN = [("euler", 5), ("heun", 3), ("euler", 10), ("heun", 5), ("euler", 25), ("heun", 13), ("euler", 50), ("heun", 25),
         ("euler", 100), ("heun", 50)]                                # (solver, steps); the last is what all are compared with
@@ -113,7 +113,7 @@ def main():
              f"{'solver':14}{'evaluations':>12}{'passes':>8}{'FDD':>18}{'KDD':>18}{'distance':>22}"]
     for solver, steps, row in rows:
         times = flow.time_grid(steps, model.config.shift)
-        lines.append(f"{solver:14}{evaluations_of(solver, steps):12}{flow.passes(times, solver, args.guidance):8}"
+        lines.append(f"{solver:14}{evaluations_of(solver, steps):12}{flow.count_network_calls(times, solver, args.guidance):8}"
                      + "".join(f"{'{:.3f} ± {:.3f}'.format(*row[m]):>18}" for m in ("FDD", "KDD"))
                      + f"{'-' if (solver, steps) == PLAN[-1] else '{:.4f} ± {:.4f}'.format(*row['distance']):>22}")
     lines.append(f"{'the real ones':34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*real[m]):>18}" for m in ("FDD", "KDD")))

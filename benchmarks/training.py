@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
+from transformer import (arguments, build, conditions, peak_memory,
+                         pick_device, seconds, take_turns)
+
 import flow
-from transformer import arguments, build, conditions, peak_memory, pick_device, seconds, take_turns
+from common import cli
 
 VARIANTS = ("RadiT compiled", "RadiT compiled, checkpointing", "RadiT eager", "RadiT eager, checkpointing",
             "DiT compiled", "DiT eager")

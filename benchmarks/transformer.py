@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import radit
-from cli import pick_device
+from common import cli
+from common.cli import pick_device
 
 VARIANTS = ("RadiT eager", "RadiT compiled", "DiT eager", "DiT compiled")
 

@@ -16,9 +16,10 @@ import phantom
 
 @pytest.fixture
 def command():
-    """Runs `python FILE ARGUMENTS...` of the project; returns (status, output, errors)."""
-    def call(file, *arguments, **options):
-        done = subprocess.run([sys.executable, ROOT / file, *map(str, arguments)], capture_output=True, text=True,
+    """Runs `python FILE.py ARGUMENTS...` of the project, or `python -m FOLDER ARGUMENTS...`; returns (status, output, errors)."""
+    def call(name, *arguments, **options):
+        program = [ROOT / name] if name.endswith(".py") else ["-m", name]
+        done = subprocess.run([sys.executable, *program, *map(str, arguments)], capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
         return done.returncode, done.stdout, done.stderr
     return call

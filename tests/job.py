@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-import loop
-import parallel
 import radit
 import train
 import vae
+from training import parallel
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -29,7 +28,7 @@ def radit_job(cfg, out, blocks=2, **how):
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
     task = train.RadiTTask(config, [column[:8] for column in columns], None)
-    return loop.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **{key: model.blocks for key, on in how.items() if on})
+    return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **{key: model.blocks for key, on in how.items() if on})
 
 
 def vae_job(cfg, out):
@@ -37,7 +36,7 @@ def vae_job(cfg, out):
     images = torch.rand(48, 1, 32, 32, generator=torch.Generator().manual_seed(9)) * 2 - 1
     torch.manual_seed(cfg.seed)
     model = vae.RadVAE(config).to(memory_format=torch.channels_last)
-    return loop.train(train.VAETask(config, images[:8], 3e-4), model, Images(images), cfg, out)
+    return train.train(train.VAETask(config, images[:8], 3e-4), model, Images(images), cfg, out)
 
 
 class Images(torch.utils.data.Dataset):
@@ -76,7 +75,7 @@ class Seen:
 
 def seen_job(cfg, out):
     out.mkdir(exist_ok=True)
-    return loop.train(Seen(out), Line(), torch.utils.data.TensorDataset(torch.arange(10)), cfg, out)
+    return train.train(Seen(out), Line(), torch.utils.data.TensorDataset(torch.arange(10)), cfg, out)
 
 
 JOBS = {"radit": radit_job, "vae": vae_job, "seen": seen_job}
@@ -89,17 +88,17 @@ def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16
         parallel.launched, parallel.rank, parallel.world = True, rank, world
     parallel.TIMEOUT = timeout or parallel.TIMEOUT
     torch.set_num_threads(1)
-    loop.draw_curve = lambda history, path: None
+    train.draw_curve = lambda history, path: None
     if bf16:
-        parallel.pick_device = loop.pick_device = lambda: (torch.device("cpu"), True)
+        parallel.pick_device = train.pick_device = lambda: (torch.device("cpu"), True)
     if event and event[0] == rank:
-        steps, update = [], loop.update_ema
+        steps, update = [], train.update_ema
         def counted(*arguments):
             steps.append(1)
             if len(steps) == event[1]:
                 os.kill(os.getpid(), event[2])
             update(*arguments)
-        loop.update_ema = counted
+        train.update_ema = counted
     JOBS[name](cfg, out, **how)
     parallel.leave()
 

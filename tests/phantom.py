@@ -14,8 +14,8 @@ import random
 import numpy as np
 from PIL import Image
 
-from data import COLUMNS, index_row
-from fields import FINDINGS
+from radiographs.fields import FINDINGS
+from radiographs.index import COLUMNS, index_row
 
 SIDE = 32
 LEVEL = -0.04  # of the fluid; y runs from -0.5, the top, to 0.5, and the diaphragm is at 0.3

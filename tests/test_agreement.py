@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import agreement
+from study import agreement
 
 
 def test_intervals_and_tests_beside_statsmodels():

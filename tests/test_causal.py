@@ -12,15 +12,14 @@ import random
 import numpy as np
 import pytest
 import torch
-
-import causal
-import data
-import fields
-import graphs
-import hub
-import mechanisms
-from cli import InputError
 from conftest import ROOT
+
+from causal import mechanisms, patients
+from causal.graph import GRAPH, check_graph, determined, kind, read_graph
+from common import hub
+from common.cli import InputError
+from radiographs import fields
+from radiographs.index import COLUMNS, index_row, read_index
 
 ot = pytest.importorskip("ot", reason="POT is not installed")
 networkx = pytest.importorskip("networkx")
@@ -54,11 +53,11 @@ def truth(n, rng, do={}):
 
 
 def write_index(path, records):
-    rows = [data.index_row({"path": f"images/{i}.png", "patient": f"P{i}", "split": "train"} | record)
+    rows = [index_row({"path": f"images/{i}.png", "patient": f"P{i}", "split": "train"} | record)
             for i, record in enumerate(records)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([data.COLUMNS, *rows])
+        csv.writer(file).writerows([COLUMNS, *rows])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,11 +73,11 @@ def fitted():
     """A model of SMALL, fitted on 200,000 rows with a fifth of the values missing."""
     rng = np.random.default_rng(0)
     records = [{key: value for key, value in record.items() if rng.random() > 0.2} for record in truth(200_000, rng)]
-    classes = causal.to_classes(records, fields.DATASETS)
-    names = [name for name in graphs.check_graph(SMALL) if name != "no_finding"]
+    classes = patients.to_classes(records, fields.DATASETS)
+    names = [name for name in check_graph(SMALL) if name != "no_finding"]
     config = mechanisms.CausalConfig(SMALL, {})
-    config.shares = causal.count_shares(classes, config, names)
-    return mechanisms.fit(classes[:, [causal.COLUMNS.index(name) for name in names]], config, steps=5000)
+    config.shares = patients.count_shares(classes, config, names)
+    return mechanisms.fit(classes[:, [patients.CLASS_COLUMNS.index(name) for name in names]], config, steps=5000)
 
 
 def random_model(seed):
@@ -109,7 +108,7 @@ def random_records(model, n, seed, known=0.7):
 # --- the graph -------------------------------------------------------------------------------------------
 
 def test_the_graph_is_the_papers():
-    arrows = {(parent, child) for child, parents in graphs.GRAPH.items() if child != "no_finding" for parent in parents}
+    arrows = {(parent, child) for child, parents in GRAPH.items() if child != "no_finding" for parent in parents}
     expected = {(root, child) for root in ("age", "sex") for child in
                 ("cardiomegaly", "edema", "pleural_other", "pneumonia", "fracture", "pneumothorax")}
     expected |= {tuple(arrow.split(">")) for arrow in (
@@ -118,8 +117,8 @@ def test_the_graph_is_the_papers():
         "fracture>pneumothorax pneumothorax>support_devices pneumothorax>atelectasis pleural_effusion>support_devices "
         "pleural_effusion>atelectasis consolidation>lung_opacity atelectasis>lung_opacity lung_opacity>lung_lesion").split()}
     assert arrows == expected and len(arrows) == 29
-    assert set(graphs.GRAPH) == set(fields.FIELDS)
-    kinds = {name: graphs.kind(graphs.GRAPH, name) for name in graphs.GRAPH}
+    assert set(GRAPH) == set(fields.FIELDS)
+    kinds = {name: kind(GRAPH, name) for name in GRAPH}
     assert [name for name in kinds if kinds[name] == "exogenous"] == ["dataset", "view"]
     assert [name for name in kinds if kinds[name] == "root"] == ["age", "sex", "race"]
     assert kinds["no_finding"] == "determined"
@@ -128,12 +127,12 @@ def test_the_graph_is_the_papers():
 @pytest.mark.parametrize("seed", range(5))
 def test_random_graphs_are_ordered_as_networkx_allows(seed):
     graph = random_model(seed).config.graph
-    order = list(graphs.check_graph(graph))
+    order = list(check_graph(graph))
     network = networkx.DiGraph([(parent, child) for child in graph for parent in graph[child]])
     assert all(order.index(a) < order.index(b) for a, b in network.edges) and sorted(order) == sorted(graph)
     a, b = next(iter(network.edges))
     with pytest.raises(InputError, match="cycle: "):
-        graphs.check_graph(graph | {a: [b]})
+        check_graph(graph | {a: [b]})
 
 
 # --- couplings and solver --------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def test_solver_and_likelihood_agree_with_scipys_and_with_draws():
     from scipy.integrate import solve_ivp
     model = random_model(1)
     i = next(i for i in range(len(model.names)) if model.parent[i].sum() > 1 and model.names[i] != "age")
-    places = causal.to_places(model, random_records(model, 1, 0, known=1), [0])
+    places = patients.to_places(model, random_records(model, 1, 0, known=1), [0])
     shown = model.show(places)
 
     def velocity(t, x):
@@ -181,7 +180,7 @@ def test_solver_and_likelihood_agree_with_scipys_and_with_draws():
 @pytest.mark.parametrize("seed", range(4))
 def test_with_nothing_set_everything_comes_back(seed):
     model = random_model(seed)
-    places = causal.to_places(model, random_records(model, 200, seed), range(200))
+    places = patients.to_places(model, random_records(model, 200, seed), range(200))
     again = model.predict(model.abduct(places))
     known, age = ~places.isnan(), model.names.index("age")
     assert torch.equal(again.isnan(), ~known)                        # unknown stays unknown
@@ -201,7 +200,7 @@ def test_only_descendants_change(seed):
     for name in model.names:
         do = {name: 33.3 if name == "age" else model.config.values(name)[0]}
         changed = set()
-        for old, new in zip(records, causal.counterfactual(model, records, do)):
+        for old, new in zip(records, patients.counterfactual(model, records, do)):
             assert new[name] == do[name] and new.keys() - {name} == old.keys() - {name}
             changed |= {key for key in new if old.get(key) != new[key]}
         assert changed <= {name} | networkx.descendants(network, name)
@@ -210,7 +209,7 @@ def test_only_descendants_change(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_maps_are_monotone_in_the_noise_whatever_the_parents(seed):
     model = random_model(seed)
-    places = causal.to_places(model, random_records(model, 1, seed), [0])
+    places = patients.to_places(model, random_records(model, 1, seed), [0])
     u = torch.linspace(-4, 4, 400, dtype=torch.float64)
     for i in range(len(model.names)):
         x = model.transport(u, model.show(places).repeat(400, 1), i)
@@ -219,7 +218,7 @@ def test_maps_are_monotone_in_the_noise_whatever_the_parents(seed):
 
 def test_non_parents_are_invisible():
     model = random_model(0)
-    a, b = (causal.to_places(model, random_records(model, 50, seed, known=1), range(50)) for seed in (1, 2))
+    a, b = (patients.to_places(model, random_records(model, 50, seed, known=1), range(50)) for seed in (1, 2))
     for i in range(len(model.names)):
         mixed = torch.where(model.parent[i], a, b)                   # a's parents, b's everything else
         u = torch.zeros(50, dtype=torch.float64)
@@ -229,7 +228,7 @@ def test_non_parents_are_invisible():
 # --- the fitted model against its truth -------------------------------------------------------------------
 
 def test_samples_have_the_true_marginals_and_conditionals(fitted):
-    drawn, true = causal.sample(fitted, 3000, seed=1), truth(3000, np.random.default_rng(1))
+    drawn, true = patients.sample(fitted, 3000, seed=1), truth(3000, np.random.default_rng(1))
     for sex in ("female", "male"):                                   # age given sex, in closed form
         ages = [record["age"] for record in drawn if record["sex"] == sex]
         assert stats.kstest(ages, stats.norm(*AGE[sex]).cdf).pvalue > LEVEL
@@ -249,7 +248,7 @@ def test_samples_have_the_true_marginals_and_conditionals(fitted):
 
 def chances(model, records, name):
     """The model's probability of name=positive for each record."""
-    places = causal.to_places(model, [record | {name: "positive"} for record in records], range(len(records)))
+    places = patients.to_places(model, [record | {name: "positive"} for record in records], range(len(records)))
     return model.likelihood(places)[:, model.names.index(name)].exp().numpy()
 
 
@@ -271,7 +270,7 @@ def test_every_parent_conditional_is_near_the_truth(fitted):
 
 def test_abducted_noise_is_standard_normal_and_independent_of_the_parents(fitted):
     records = truth(3000, np.random.default_rng(3))
-    noise = fitted.abduct(causal.to_places(fitted, records, range(3000)))
+    noise = fitted.abduct(patients.to_places(fitted, records, range(3000)))
     column = dict(zip(fitted.names, noise.T.numpy()))
     for name, u in column.items():
         assert stats.kstest(u, "norm").pvalue > LEVEL, name
@@ -289,14 +288,14 @@ def test_abducted_noise_is_standard_normal_and_independent_of_the_parents(fitted
 
 
 def test_an_intervention_is_the_truncated_factorisation(fitted):
-    free, done = (causal.sample(fitted, 3000, do, seed=7) for do in ({}, {"cardiomegaly": "positive"}))
+    free, done = (patients.sample(fitted, 3000, do, seed=7) for do in ({}, {"cardiomegaly": "positive"}))
     above = ("sex", "race", "age")
     assert [[record[key] for key in above] for record in free] == [[record[key] for key in above] for record in done]
     positive = sum(record["pleural_effusion"] == "positive" for record in done)
     assert stats.binomtest(positive, 3000, 0.6).pvalue > LEVEL       # p(effusion | do) = p(effusion | cardiomegaly)
     # do(age = 70): the sum over sex and race of p(sex) p(race) p(cardiomegaly | 70, sex, race); conditioning differs,
     # since most people of 70 are men.
-    done = causal.sample(fitted, 3000, {"age": 70.0}, seed=8)
+    done = patients.sample(fitted, 3000, {"age": 70.0}, seed=8)
     expected = sum(0.5 * share * chance_of_cardiomegaly(70, sex, race) for sex in AGE for race, share in RACES.items())
     positive = sum(record["cardiomegaly"] == "positive" for record in done)
     assert abs(positive / 3000 - expected) < 0.03
@@ -305,7 +304,7 @@ def test_an_intervention_is_the_truncated_factorisation(fitted):
 
 def test_counterfactual_ages_are_the_quantile_map_and_pots_transport(fitted):
     women = [record for record in truth(1500, np.random.default_rng(5)) if record["sex"] == "female"]
-    became = causal.counterfactual(fitted, women, {"sex": "male"})
+    became = patients.counterfactual(fitted, women, {"sex": "male"})
     before, after = (np.array([record["age"] for record in part]) for part in (women, became))
     (m0, s0), (m1, s1) = AGE["female"], AGE["male"]
     middle = np.abs(before - m0) < 2 * s0
@@ -320,14 +319,14 @@ def test_counterfactual_ages_are_the_quantile_map_and_pots_transport(fitted):
 def test_discrete_counterfactuals_equal_the_true_quantile_map(fitted):
     """x* = F^-1(F(x | pa) | pa*), F with the true probabilities and the same place in the interval."""
     records = truth(2000, np.random.default_rng(6))
-    places = causal.to_places(fitted, records, range(2000))
+    places = patients.to_places(fitted, records, range(2000))
     inside = places[:, fitted.names.index("cardiomegaly")].numpy() % 1
     column = [np.array([record[key] for record in records]) for key in ("age", "sex", "race", "cardiomegaly")]
     age, sex, race, heart = column
     p, p_star = chance_of_cardiomegaly(age, sex, race), chance_of_cardiomegaly(50.0, sex, race)
     q = np.where(heart == "positive", 1 - p + p * inside, (1 - p) * inside)      # F(x | pa)
     expected = np.where(q > 1 - p_star, "positive", "negative")
-    result = causal.counterfactual(fitted, records, {"age": 50.0})
+    result = patients.counterfactual(fitted, records, {"age": 50.0})
     found = np.array([record["cardiomegaly"] for record in result])
     assert (expected != heart).mean() > 0.1                          # it is a change worth predicting
     assert (found == expected).mean() > 0.97
@@ -336,7 +335,7 @@ def test_discrete_counterfactuals_equal_the_true_quantile_map(fitted):
 
 def test_check_measures_composition_effectiveness_reversibility(fitted):
     records = truth(200, np.random.default_rng(9))
-    result = causal.check(fitted, causal.to_places(fitted, records, range(200)))
+    result = patients.check(fitted, patients.to_places(fitted, records, range(200)))
     equal, total, years = result["composition"]
     assert equal == total == 800 and years < 1e-3
     assert result["effectiveness"][0] == result["effectiveness"][1] > 1000
@@ -345,7 +344,7 @@ def test_check_measures_composition_effectiveness_reversibility(fitted):
     # A solver that is too coarse must show: composition fails.
     steps, mechanisms.STEPS = mechanisms.STEPS, 1
     try:
-        assert causal.check(fitted, causal.to_places(fitted, records, range(200)))["composition"][2] > 1e-3
+        assert patients.check(fitted, patients.to_places(fitted, records, range(200)))["composition"][2] > 1e-3
     finally:
         mechanisms.STEPS = steps
 
@@ -357,34 +356,34 @@ def test_check_measures_composition_effectiveness_reversibility(fitted):
     ({"cardiomegaly": "negative", "pleural_effusion": "negative"}, {"no_finding": "positive"}),
     ({"cardiomegaly": "negative", "pleural_effusion": "positive"}, {"no_finding": "negative"})])
 def test_no_finding_follows_from_the_findings(record, expected):
-    assert graphs.determined(SMALL, record) == expected
+    assert determined(SMALL, record) == expected
 
 
 def test_no_finding_changes_only_with_a_finding(fitted):
     odd = {"sex": "male", "no_finding": "negative", "cardiomegaly": "negative", "pleural_effusion": "negative", "view": "PA",
            "path": "images/x.png"}                                   # a hernia, say, for which there is no field
-    assert causal.counterfactual(fitted, [odd], {"race": "white"}) == [odd | {"race": "white"}]
-    sick = causal.counterfactual(fitted, [odd], {"cardiomegaly": "positive"})[0]
+    assert patients.counterfactual(fitted, [odd], {"race": "white"}) == [odd | {"race": "white"}]
+    sick = patients.counterfactual(fitted, [odd], {"cardiomegaly": "positive"})[0]
     assert sick["no_finding"] == "negative" and sick["view"] == "PA"
     with pytest.raises(InputError, match="no_finding follows from the findings"):
-        causal.counterfactual(fitted, [odd], {"no_finding": "positive"})
+        patients.counterfactual(fitted, [odd], {"no_finding": "positive"})
 
 
 def test_a_row_has_one_counterfactual_in_any_batch(fitted):
     records = truth(40, np.random.default_rng(4))
-    together = causal.counterfactual(fitted, records, {"sex": "male"}, seed=3)
-    apart = [causal.counterfactual(fitted, [record], {"sex": "male"}, seed=3 + i)[0] for i, record in enumerate(records)]
+    together = patients.counterfactual(fitted, records, {"sex": "male"}, seed=3)
+    apart = [patients.counterfactual(fitted, [record], {"sex": "male"}, seed=3 + i)[0] for i, record in enumerate(records)]
     for a, b in zip(together, apart):
         assert a == b | {"age": pytest.approx(b["age"], abs=1e-9)}
-    apart = [causal.sample(fitted, 1, seed=2 + i)[0]["race"] for i in range(9)]
-    assert [record["race"] for record in causal.sample(fitted, 9, seed=2)] == apart and len(set(apart)) > 1
+    apart = [patients.sample(fitted, 1, seed=2 + i)[0]["race"] for i in range(9)]
+    assert [record["race"] for record in patients.sample(fitted, 9, seed=2)] == apart and len(set(apart)) > 1
 
 
 def test_the_closed_world_reads_what_is_not_mentioned_as_negative():
-    closed = causal.close_world({"age": 50.0, "no_finding": "negative", "atelectasis": "positive"})
+    closed = patients.close_world({"age": 50.0, "no_finding": "negative", "atelectasis": "positive"})
     assert closed["cardiomegaly"] == "negative" and closed["atelectasis"] == "positive"
     assert "lung_opacity" not in closed and "support_devices" not in closed      # atelectasis is an opacity: see settle
-    assert causal.close_world({"age": 50.0, "support_devices": "positive"}) == {"age": 50.0, "support_devices": "positive"}
+    assert patients.close_world({"age": 50.0, "support_devices": "positive"}) == {"age": 50.0, "support_devices": "positive"}
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -403,32 +402,32 @@ def files(tmp_path_factory, fitted):
 
 
 def test_the_commands_work_together(files, tmp_path, command):
-    status, output, errors = command("causal.py", "fit", files / "source", "--graph", files / "graph.json", "--steps", 20,
+    status, output, errors = command("causal", "fit", files / "source", "--graph", files / "graph.json", "--steps", 20,
                                      "--out", tmp_path / "mine")
     assert status == 0 and "20/20" in errors and "100 held-out rows" in output and "cardiomegaly" in output
-    assert command("causal.py", "check", tmp_path / "mine", files / "source")[1].count("come back") == 2
-    status, output, errors = command("causal.py", "sample", files / "model", "-n", 30, "--do", "cardiomegaly=positive",
+    assert command("causal", "check", tmp_path / "mine", files / "source")[1].count("come back") == 2
+    status, output, errors = command("causal", "sample", files / "model", "-n", 30, "--do", "cardiomegaly=positive",
                                      "--out", tmp_path / "drawn.csv")
     assert status == 0, errors
-    drawn = data.read_index(tmp_path / "drawn.csv")
+    drawn = read_index(tmp_path / "drawn.csv")
     assert len(drawn) == 30 and {record["cardiomegaly"] for record in drawn} == {"positive"}
     assert all(record["no_finding"] == "negative" and 0 <= record["age"] <= 120 for record in drawn)
-    status, _, errors = command("causal.py", "counterfactual", files / "model", files / "rows.csv", "--do", "age=80",
+    status, _, errors = command("causal", "counterfactual", files / "model", files / "rows.csv", "--do", "age=80",
                                 "--out", tmp_path / "older.csv")
     assert status == 0, errors
-    before, after = data.read_index(files / "rows.csv"), data.read_index(tmp_path / "older.csv")
+    before, after = read_index(files / "rows.csv"), read_index(tmp_path / "older.csv")
     assert {record["age"] for record in after} == {80.0}
     assert all(a["sex"] == b["sex"] and a["path"] == b["path"] and a["view"] == b["view"] for a, b in zip(before, after))
     assert any(a["cardiomegaly"] == "negative" != b["cardiomegaly"] for a, b in zip(before, after))
 
 
 def test_graph_prints_writes_and_draws(tmp_path, command):
-    status, output, _ = command("causal.py", "graph", "--json", tmp_path / "g.json", "--out", tmp_path / "g.png")
+    status, output, _ = command("causal", "graph", "--json", tmp_path / "g.json", "--out", tmp_path / "g.png")
     assert status == 0 and "19 variables, 29 arrows" in output and output.count("exogenous") == 2
-    assert graphs.read_graph(tmp_path / "g.json") == graphs.check_graph(graphs.GRAPH)
+    assert read_graph(tmp_path / "g.json") == check_graph(GRAPH)
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "mine.json").write_text('{"age": [], "edema": ["age"]}')
-    assert "2 variables, 1 arrows" in command("causal.py", "graph", "--graph", tmp_path / "mine.json")[1]
+    assert "2 variables, 1 arrows" in command("causal", "graph", "--graph", tmp_path / "mine.json")[1]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -440,7 +439,7 @@ def test_graph_prints_writes_and_draws(tmp_path, command):
 def test_bad_graphs_are_refused(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        graphs.read_graph(tmp_path / "bad.json")
+        read_graph(tmp_path / "bad.json")
     assert "bad.json: " in str(error.value) and "\n" not in str(error.value)
 
 
@@ -451,7 +450,7 @@ def test_bad_graphs_are_refused(tmp_path, text, message):
     ("sex=unknown", "unknown is none"), ("no_finding=positive", "no_finding follows from the findings")])
 def test_bad_interventions_are_refused(fitted, do, message):
     with pytest.raises(InputError, match=message):
-        causal.parse_do([do], fitted)
+        patients.parse_do([do], fitted)
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, command):
@@ -462,7 +461,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, command):
                                 "no training row knows view: leave it out with --without view"),
                                (["sample", files / "model", "--do", "age=119"], "covered: "),
                                (["counterfactual", files / "model", files / "none.csv", "--do", "age=50"], "none.csv")):
-        status, _, errors = command("causal.py", *arguments, "--out", tmp_path / "out")
+        status, _, errors = command("causal", *arguments, "--out", tmp_path / "out")
         assert status == 2 and message in errors and len(errors.splitlines()) == 1
         assert not (tmp_path / "out").exists()
 
@@ -480,10 +479,10 @@ def test_sample_draws_whole_patients(tmp_path, command):
 
 
 def test_the_embedded_model_holds_its_promises():
-    model = causal.load(DEMO)
+    model = patients.load(DEMO)
     assert sum(path.stat().st_size for path in DEMO.rglob("*")) < 1e6 and model.config.rows == 100_017
-    records = [{key: record[key] for key in model.names if key in record} for record in causal.sample(model, 300, seed=5)]
-    places = causal.to_places(model, records, range(300))
+    records = [{key: record[key] for key in model.names if key in record} for record in patients.sample(model, 300, seed=5)]
+    places = patients.to_places(model, records, range(300))
     again, age = model.predict(model.abduct(places)), model.names.index("age")
     assert (again - places)[:, age].abs().max() < 1e-3
     again[:, age] = places[:, age]

@@ -8,19 +8,19 @@ import job
 import pytest
 import safetensors
 import torch
+from job import log_of
 
-import checkpoint
-import loop
 import radit
 import sample
-from cli import InputError
-from job import log_of
+import train
+from common.cli import InputError
+from training import checkpoint
 
 
 def test_killed_again_and_again_no_checkpoint_is_unreadable_and_no_image_is_missed(tmp_path):
     """A run that saves in every step is killed at random times until it is done. Every checkpoint it leaves can be read; each
     step sees the images that it would have seen; every epoch sees each image once; and the end is that of a run left alone."""
-    cfg = loop.TrainConfig(images=120, batch=4, lr=1e-2, warmup=0, ema=100, log_every=1, save_every=1)
+    cfg = train.TrainConfig(images=120, batch=4, lr=1e-2, warmup=0, ema=100, log_every=1, save_every=1)
     whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
     assert job.run(0, "seen", cfg, whole) == [0]
     lines = (whole / "seen.txt").read_text().splitlines()
@@ -89,10 +89,10 @@ def test_the_newest_complete_checkpoint_counts(tmp_path):
 
 def test_export_is_the_ema_as_sample_reads_it(tmp_path):
     """Of a run of two processes, sharded, its blocks computed twice: nothing of that is left in the names."""
-    cfg = loop.TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=50, log_every=4, save_every=4)
+    cfg = train.TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=50, log_every=4, save_every=4)
     run, out = tmp_path / "run", tmp_path / "out"
     assert job.run(2, "radit", cfg, run, sharded=True, checkpointed=True) == [0, 0]
-    assert checkpoint.export(run, out) == 32
+    assert checkpoint.export(run, out)["images"] == 32
     model, decoder = sample.load_weights(out)
     assert decoder is None and sample.generate(model, None, [{"sex": "male"}], [0], steps=2)[0].isfinite().all()
     with safetensors.safe_open(out / "radit/model.safetensors", "pt") as file:
@@ -129,7 +129,7 @@ def test_export_needs_less_memory_than_the_optimizer_state(tmp_path):
 
 
 def test_export_refuses_in_one_line(command, tmp_path):
-    status, _, errors = command("train.py", "export", tmp_path / "nothing", tmp_path / "out")
+    status, _, errors = command("training", "export", tmp_path / "nothing", tmp_path / "out")
     assert status == 2 and "no complete checkpoint" in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
     save(tmp_path / "run", 8, {"ema.decoder.conv.parametrizations.weight.0.A": torch.zeros(2)})
     with pytest.raises(InputError, match="this run trains adapters; .*weights/vae holds them beside their base"):

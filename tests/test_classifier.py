@@ -9,13 +9,12 @@ import sklearn.metrics
 import torch
 from PIL import Image
 
-import classifier
-import cli
-import data
-import fields
-import hub
-import loop
-from raddino import Encoder, EncoderConfig, load_encoder
+import train
+from common import cli, hub
+from diagnosis import classifier
+from encoders.raddino import Encoder, EncoderConfig, load_encoder
+from radiographs import fields
+from radiographs.index import COLUMNS, index_row, read_index, stable_split
 
 SMALL = EncoderConfig(width=64, depth=2, heads=1, patch=8, image_size=32, channels=1)
 
@@ -35,8 +34,8 @@ def write_source(root, count, seed, unknown=0.0, split=None):
         record = {"path": f"images/{i}.png", "patient": f"{seed}-{i // 2}", "dataset": "own", "age": age, "sex": "male" if male else "female",
                   "pleural_effusion": "positive" if effusion else "negative"}
         record = {k: v for k, v in record.items() if k in ("path", "patient", "dataset") or rng.random() >= unknown}
-        records.append(record | {"split": split or data.stable_split(record["patient"], 0.2, 0.2)})
-    cli.write_csv(root / "index.csv", data.COLUMNS, map(data.index_row, records))
+        records.append(record | {"split": split or stable_split(record["patient"], 0.2, 0.2)})
+    cli.write_csv(root / "index.csv", COLUMNS, map(index_row, records))
     return root
 
 
@@ -48,7 +47,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    cfg = loop.TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=1000, save_every=1000)
+    cfg = train.TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=1000, save_every=1000)
     classifier.fit([source], out, cfg, config=SMALL)
     return out / "weights/classifier"
 
@@ -100,14 +99,14 @@ def test_unknown_labels_give_no_gradient():
 
 
 def test_it_learns_what_the_pictures_show(fitted, source, command, tmp_path):
-    status, output, errors = command("classifier.py", "evaluate", source, "--model", fitted, "--json", tmp_path / "r.json")
+    status, output, errors = command("diagnosis", "evaluate", source, "--model", fitted, "--json", tmp_path / "r.json")
     assert status == 0, errors
     rows = {(r["field"], r["value"]): r for r in json.loads((tmp_path / "r.json").read_text())["evaluate"]}
     assert set(rows) == {("pleural_effusion", "positive"), ("sex", "male"), ("sex", "(any)"), ("age", "(years)")}
     for key in (("pleural_effusion", "positive"), ("sex", "male")):
         assert rows[key]["auroc"] > 0.9 and rows[key]["interval"][0] <= rows[key]["auroc"] <= rows[key]["interval"][1]
     assert rows["age", "(years)"]["mae"] < 10                        # 15 by guessing the middle
-    test = [r for r in data.read_index(source) if r["split"] == "test"]
+    test = [r for r in read_index(source) if r["split"] == "test"]
     assert rows["sex", "male"]["n"] == sum("sex" in r for r in test) < len(test)
 
 
@@ -135,11 +134,11 @@ def test_temperatures_make_the_held_out_answers_likeliest(fitted, source):
 def test_robustness_finds_the_subgroup_where_it_breaks(fitted, tmp_path, command):
     """Women's pictures are exchanged among them: on women the model does no better than chance, and says so."""
     root = write_source(tmp_path / "other", 160, 1, split="test")
-    women = [root / r["path"] for r in data.read_index(root) if r["sex"] == "female"]
+    women = [root / r["path"] for r in read_index(root) if r["sex"] == "female"]
     pictures = [path.read_bytes() for path in women]
     for path, picture in zip(women, pictures[1:] + pictures[:1]):
         path.write_bytes(picture)
-    status, output, errors = command("classifier.py", "robustness", root, "--model", fitted, "--by", "sex", "--json", tmp_path / "r.json")
+    status, output, errors = command("diagnosis", "robustness", root, "--model", fitted, "--by", "sex", "--json", tmp_path / "r.json")
     assert status == 0, errors
     table = json.loads((tmp_path / "r.json").read_text())
     effusion = {group: next(r for r in rows if r["field"] == "pleural_effusion") for group, rows in table.items()}
@@ -151,7 +150,7 @@ def test_robustness_finds_the_subgroup_where_it_breaks(fitted, tmp_path, command
 
 def test_utility_tells_useful_synthetic_data_from_useless(source, tmp_path, command):
     useful = write_source(tmp_path / "useful", 120, 2, split="train")
-    status, output, errors = command("classifier.py", "utility", source, "--synthetic", useful, "--out", tmp_path / "u", "--images", 2048, "--lr",
+    status, output, errors = command("diagnosis", "utility", source, "--synthetic", useful, "--out", tmp_path / "u", "--images", 2048, "--lr",
                                      2e-3, "--width", 64, "--depth", 1, "--json", tmp_path / "u.json")
     assert status == 0, errors
     table = json.loads((tmp_path / "u.json").read_text())
@@ -162,7 +161,7 @@ def test_utility_tells_useful_synthetic_data_from_useless(source, tmp_path, comm
 
 def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
     encoder = load_encoder(fitted)
-    cfg = loop.TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=1, save_every=1)
+    cfg = train.TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=1, save_every=1)
     model = classifier.fit([source], tmp_path / "run", cfg, encoder=encoder)
     for a, b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()):
         torch.testing.assert_close(a, b)
@@ -173,5 +172,5 @@ def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
     (["--width", "100"], "--width 100 is not a multiple of 64"), (["--patch", "7"], "--patch 7 does not divide 32 pixels"),
     (["--encoder", "nowhere"], "nowhere")])
 def test_bad_arguments(source, tmp_path, command, arguments, message):
-    status, _, errors = command("classifier.py", "fit", source, "--out", tmp_path / "out", *arguments)
+    status, _, errors = command("diagnosis", "fit", source, "--out", tmp_path / "out", *arguments)
     assert status == 2 and message in errors.splitlines()[-1] and "Traceback" not in errors

@@ -2,12 +2,11 @@ import collections
 
 import pytest
 
-import causal
-import cohort
-import data
-import fields
 import sample
-from cli import InputError, write_csv
+from causal import cohort, patients
+from common.cli import InputError, write_csv
+from radiographs import fields
+from radiographs.index import COLUMNS, index_row
 
 COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": {"white": 3, "asian": 1}, "age": [20.5, 70],
            "pneumonia": {"positive": 2}, "dataset": {"own": 9}}
@@ -15,7 +14,7 @@ COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": 
 
 @pytest.fixture(scope="module")
 def model():
-    return causal.load(sample.DEMO / "causal")
+    return patients.load(sample.DEMO / "causal")
 
 
 # --- balance --------------------------------------------------------------------------------------------
@@ -33,8 +32,8 @@ def test_every_combination_comes_as_often():
 def test_the_causal_model_draws_the_rest(model):
     """Against plain draws under one intervention; the set values come through, and No Finding agrees with the findings."""
     records, _, _ = cohort.balanced(["sex", "view"], 8, 3, COVERED, model)
-    assert records[0] == causal.sample(model, 1, {"sex": "female", "view": "AP"}, 3)[0]
-    assert records[3] == causal.sample(model, 4, {"sex": "male", "view": "PA"}, 3)[3]
+    assert records[0] == patients.sample(model, 1, {"sex": "female", "view": "AP"}, 3)[0]
+    assert records[3] == patients.sample(model, 4, {"sex": "male", "view": "PA"}, 3)[3]
     many, _, left_out = cohort.balanced(["cardiomegaly", "sex"], 80, 0, COVERED | {"cardiomegaly": {"positive": 1, "negative": 1}}, model)
     assert not left_out and collections.Counter(r["cardiomegaly"] for r in many) == {"positive": 40, "negative": 40}
     assert all(r["no_finding"] == "negative" for r in many if r["cardiomegaly"] == "positive")
@@ -71,7 +70,7 @@ def test_rows_by_the_names_of_fields(tmp_path):
 
 def test_rows_in_the_columns_of_an_index(tmp_path):
     row = {"path": "images/a.png", "patient": "p", "split": "test", "age": 30.0, "sex": "female", "pneumonia": "positive"}
-    write_csv(tmp_path / "index.csv", data.COLUMNS, [data.index_row(row)])
+    write_csv(tmp_path / "index.csv", COLUMNS, [index_row(row)])
     records, seeds = cohort.read_rows(tmp_path / "index.csv", fields.DATASETS, COVERED)
     assert records == [{"age": 30.0, "sex": "female", "pneumonia": "positive"}] and seeds == [None]
 

@@ -4,21 +4,20 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 from pictures import RAMP, picture, write_dicom
+from PIL import Image
 
-import cli
 import data
-import dicom
-import fields
-import radiograph
-import sources
-from cli import InputError
+from common import cli
+from common.cli import InputError
+from radiographs import dicom, fields, pixels, sources
+from radiographs.index import (COLUMNS, SPLITS, index_row, read_index,
+                               stable_split)
 
 # --- fields ---------------------------------------------------------------------------------------------
 
 def test_there_are_19_fields_in_the_master_csvs_names():
-    assert len(fields.FIELDS) == 19 and len(fields.CODED) == 18 and len(data.COLUMNS) == 22
+    assert len(fields.FIELDS) == 19 and len(fields.CODED) == 18 and len(COLUMNS) == 22
     assert fields.FINDINGS["enlarged_cardiomediastinum"] == "Enlarged Cardiomediastinum"
 
 
@@ -112,8 +111,8 @@ def test_folder_reads_dicom_tags_and_rejects_the_rest(tmp_path):
 
 
 def write_index(root, **changes):
-    row = dict(zip(data.COLUMNS, data.index_row({"path": "a.png", "patient": "p", "split": "train", "age": 40.0, "dataset": "own"})))
-    cli.write_csv(root / "index.csv", data.COLUMNS, [(row | changes).values()])
+    row = dict(zip(COLUMNS, index_row({"path": "a.png", "patient": "p", "split": "train", "age": 40.0, "dataset": "own"})))
+    cli.write_csv(root / "index.csv", COLUMNS, [(row | changes).values()])
 
 
 def test_folder_with_an_index_keeps_what_it_says(tmp_path):
@@ -122,7 +121,7 @@ def test_folder_with_an_index_keeps_what_it_says(tmp_path):
     picture(root, RAMP, name="a.png")
     write_index(root, **{"Pneumonia": "2", "Sex_name": "F"})
     assert data.prepare("folder", root, tmp_path / "out", size=64)["taken"] == 1
-    record = data.read_index(tmp_path / "out")[0]
+    record = read_index(tmp_path / "out")[0]
     assert {k: record[k] for k in ("age", "sex", "pneumonia", "dataset", "split")} == {
         "age": 40.0, "sex": "female", "pneumonia": "positive", "dataset": "own", "split": "train"}
     assert data.Radiographs([tmp_path / "out"], "train")[0].shape == (1, 64, 64)
@@ -166,9 +165,9 @@ def test_bad_arguments_of_prepare(tmp_path, command, arguments, message):
 
 
 def test_splits_follow_the_patient_in_the_right_shares():
-    splits = [data.stable_split(f"patient {i}") for i in range(20_000)]
-    assert splits == [data.stable_split(f"patient {i}") for i in range(20_000)]
-    shares = [splits.count(name) / len(splits) for name in data.SPLITS]
+    splits = [stable_split(f"patient {i}") for i in range(20_000)]
+    assert splits == [stable_split(f"patient {i}") for i in range(20_000)]
+    shares = [splits.count(name) / len(splits) for name in SPLITS]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     assert math.isclose(sum(shares), 1)
 
@@ -234,7 +233,7 @@ def test_names_in_a_hospitals_paths_and_tags_are_hashed_with_a_key(tmp_path):
     (root / "Doe^Jane/d.dcm").write_bytes((root / "Doe^Jane/b.dcm").read_bytes()[:3000])
     for out in ("one", "two"):
         data.prepare("folder", root, tmp_path / out, size=64)
-    one, two = (data.read_index(tmp_path / out) for out in ("one", "two"))
+    one, two = (read_index(tmp_path / out) for out in ("one", "two"))
     assert one[0]["patient"] == one[1]["patient"] != two[0]["patient"]      # one patient; another key, another name
     everything = b"".join(name.encode() + content for name, content in tree(tmp_path / "one").items())
     for secret in (b"Doe", b"secret name", b"19500101", b"A77"):
@@ -253,13 +252,13 @@ def test_names_in_a_hospitals_paths_and_tags_are_hashed_with_a_key(tmp_path):
     ({"no_finding": "positive", "support_devices": "positive"},
      {f: "negative" for f in fields.FINDINGS} | {"no_finding": "positive", "support_devices": "positive"})])
 def test_the_label_policy(record, expected):
-    assert fields.settle(record) == expected
+    assert fields.resolve_labels(record) == expected
 
 
 def test_the_master_csv_loads_unchanged(tmp_path):
     row = ["PadChest", "images/PadChest/1.png", "P1", "63.0", "F", "U", "LATERAL", "valid", *(["0.0"] * 12), "2", "1"]
-    cli.write_csv(tmp_path / "CXR7-1M.csv", data.COLUMNS, [row])
-    assert data.read_index(tmp_path / "CXR7-1M.csv") == [
+    cli.write_csv(tmp_path / "CXR7-1M.csv", COLUMNS, [row])
+    assert read_index(tmp_path / "CXR7-1M.csv") == [
         {"dataset": "PadChest", "age": 63.0, "sex": "female", "view": "LATERAL", "path": "images/PadChest/1.png", "patient": "P1",
          "split": "valid", "fracture": "positive", "support_devices": "negative"}]
 
@@ -276,7 +275,7 @@ def test_labels_of_a_reports_only_source_come_from_a_csv(tmp_path):
     picture(root, RAMP, name="a.png")
     cli.write_csv(tmp_path / "labels.csv", ["name", *fields.LABELS], [["a.png", *[""] * 5, "1.0", "-1", "0", *[""] * 6]])
     data.prepare("folder", root, tmp_path / "out", size=64, labels=tmp_path / "labels.csv")
-    record = data.read_index(tmp_path / "out")[0]
+    record = read_index(tmp_path / "out")[0]
     assert {k: v for k, v in record.items() if k in fields.FINDINGS} == {
         "edema": "positive", "pneumonia": "negative", "no_finding": "negative"}
     cli.write_csv(tmp_path / "short.csv", ["name"], [["a.png"]])
@@ -290,7 +289,7 @@ def test_labels_of_a_reports_only_source_come_from_a_csv(tmp_path):
 def test_stats_count_every_value(tmp_path, command):
     rows = [{"path": "a.png", "patient": "p", "split": "train", "age": 39.5, "dataset": "own", "sex": "male", "edema": "positive"},
             {"path": "b.png", "patient": "q", "split": "test", "age": 40.0, "dataset": "BRAX", "sex": "male"}]
-    cli.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, rows))
+    cli.write_csv(tmp_path / "index.csv", COLUMNS, map(index_row, rows))
     table = data.statistics([tmp_path])
     assert table["sex", "male"] == {"own": 1, "BRAX": 1} and table["age", "30-39"] == {"own": 1}
     assert table["edema", "positive"] == {"own": 1} and table["edema", "unknown"] == {"BRAX": 1}
@@ -336,7 +335,7 @@ def test_synthetic_images_are_counted_and_stay_marked(tmp_path, monkeypatch, cap
     root.mkdir()
     image = torch.from_numpy(RAMP / 127.5 - 1)[None]
     picture(root, RAMP, name="a.png")
-    radiograph.save_image(image, root / "b.png", {"Synthetic": "yes"})
+    pixels.save_image(image, root / "b.png", {"Synthetic": "yes"})
     dicom.write(root / "c.dcm", image, {}, "demo", 0)
     write_dicom(root / "d.dcm", RAMP)
     monkeypatch.setattr(sys, "argv", ["data.py", "prepare", "folder", str(root), str(tmp_path / "out"), "--size", "64", "--workers", "1"])
@@ -345,5 +344,5 @@ def test_synthetic_images_are_counted_and_stay_marked(tmp_path, monkeypatch, cap
     assert "4 images" in said.out and [line for line in said.err.splitlines() if "warning" in line] == [
         "warning: 2 of these images say that they are synthetic. The index does not tell them from real ones, only the text field "
         "Synthetic of their PNGs does: prepare them apart from real images"]
-    paths = [tmp_path / "out" / record["path"] for record in data.read_index(tmp_path / "out")]
-    assert [radiograph.is_synthetic(path) for path in paths] == [False, True, True, False]
+    paths = [tmp_path / "out" / record["path"] for record in read_index(tmp_path / "out")]
+    assert [pixels.is_synthetic(path) for path in paths] == [False, True, True, False]

@@ -9,10 +9,8 @@ import torch
 from pydicom.pixels import apply_voi_lut
 
 import data
-import dicom
-import fields
-import radiograph
-import sources
+from radiographs import dicom, fields, pixels, sources
+from radiographs.index import read_index
 
 FINDINGS = dict.fromkeys(fields.FINDINGS, "positive")
 
@@ -31,10 +29,10 @@ def test_every_value_is_stored_and_shown_as_in_the_png(tmp_path):
     levels = np.arange(81 * 81) % 256
     ramp = torch.from_numpy(levels.reshape(1, 81, 81) / 127.5 - 1)
     dicom.write(tmp_path / "a.dcm", ramp, {}, "demo", 0)
-    radiograph.save_image(ramp, tmp_path / "a.png")
+    pixels.save_image(ramp, tmp_path / "a.png")
     expected = levels.reshape(81, 81)
-    assert np.array_equal(radiograph.read_radiograph(tmp_path / "a.png", 81), expected)
-    assert np.array_equal(radiograph.read_radiograph(tmp_path / "a.dcm", 81), expected)
+    assert np.array_equal(pixels.read_radiograph(tmp_path / "a.png", 81), expected)
+    assert np.array_equal(pixels.read_radiograph(tmp_path / "a.dcm", 81), expected)
     ds = pydicom.dcmread(tmp_path / "a.dcm")
     assert np.array_equal(apply_voi_lut(ds.pixel_array, ds).round(), expected) and ds.PhotometricInterpretation == "MONOCHROME2"
 
@@ -45,11 +43,11 @@ def test_a_folder_of_them_is_prepared_to_the_same_pixels_and_metadata(tmp_path):
     for i, record in enumerate(asked):
         write(tmp_path / f"in/{i}.dcm", record, seed=i)
     data.prepare("folder", tmp_path / "in", tmp_path / "out", size=64)
-    found = data.read_index(tmp_path / "out")
+    found = read_index(tmp_path / "out")
     assert [{k: r[k] for k in ("age", "sex", "view") if k in r} for r in found] == [asked[0] | {"age": 60}, asked[1], {}]
     for i, record in enumerate(found):
         assert torch.equal(data.load_image(tmp_path / "out" / record["path"]),
-                           torch.from_numpy(radiograph.to_bytes(image(seed=i)) / np.float32(255))[None] * 2 - 1)
+                           torch.from_numpy(pixels.to_bytes(image(seed=i)) / np.float32(255))[None] * 2 - 1)
     assert len({record["patient"] for record in found}) == 3
 
 
@@ -79,7 +77,7 @@ def test_the_same_again_is_the_same_file_and_anything_else_has_another_uid(tmp_p
 def test_dciodvfy_finds_no_error_whatever_is_known(tmp_path):
     ages, sexes, views = [{}, {"age": 0.5}, {"age": 80.2}], [None, *fields.VALUES["sex"]], [None, *fields.VALUES["view"]]
     for age, sex, view, findings in itertools.product(ages, sexes, views, ({}, FINDINGS)):
-        record = fields.spelled(age | {"sex": sex, "view": view} | findings)
+        record = fields.drop_unknown(age | {"sex": sex, "view": view} | findings)
         done = subprocess.run(["dciodvfy", "-new", write(tmp_path / "a.dcm", record)], capture_output=True, text=True)
         assert "SCImage" in done.stderr
         errors = [line for line in done.stderr.splitlines() if line.startswith("Error")]

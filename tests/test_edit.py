@@ -8,15 +8,13 @@ import phantom
 import pydicom
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-import dicom
-import edit
-import fields
-import radiograph
 import radit
 import sample
-from conftest import ROOT
+from causal import edit
+from radiographs import dicom, fields, pixels
 
 OLD = {"age": 40.0, "sex": "male", "cardiomegaly": "negative"}
 NEW = OLD | {"cardiomegaly": "positive"}
@@ -157,31 +155,31 @@ def test_bad_input_is_one_line(tmp_path, command, arguments, message):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(files["mask"])
     Image.new("RGB", (128, 128), "red").save(files["red"])
     Image.new("L", (128, 128), "white").save(files["white"])
-    status, _, errors = command("edit.py", *[a.format(**files) for a in arguments], "--out", tmp_path / "out")
+    status, _, errors = command("causal", "edit", *[a.format(**files) for a in arguments], "--out", tmp_path / "out")
     assert status == 2 and message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_the_pictures(tmp_path, command):
     rng = np.random.default_rng(0)
-    pixels = (phantom.draw(phantom.random_record(random.Random(0)), rng) * 255).astype(np.uint8)
-    Image.fromarray(pixels).resize((128, 128)).save(tmp_path / "a.png")
-    status, output, errors = command("edit.py", tmp_path / "a.png", "--given", "sex=male", "--given", "pneumonia=negative", "--infer",
+    array = (phantom.draw(phantom.random_record(random.Random(0)), rng) * 255).astype(np.uint8)
+    Image.fromarray(array).resize((128, 128)).save(tmp_path / "a.png")
+    status, output, errors = command("causal", "edit", tmp_path / "a.png", "--given", "sex=male", "--given", "pneumonia=negative", "--infer",
                                      "--set", "pneumonia=positive", "--steps", 2, "--out", tmp_path / "out")
     assert status == 0, errors
     assert "inferred view=" in output and "inferred sex" not in output and "to positive" in output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
     assert Image.open(tmp_path / "out/sheet.png").size == (512, 142) and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
-    a, b = (radiograph.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
+    a, b = (pixels.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
     shown = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)
     brighter, darker = ((b - a)[0] > 0.05).numpy(), ((b - a)[0] < -0.05).numpy()
     assert (shown[brighter][:, 0] > shown[brighter][:, 2]).all() and (shown[darker][:, 2] > shown[darker][:, 0]).all() and brighter.any()
     # A patient's DICOM file comes back as a synthetic one that names nobody.
-    image, record = radiograph.load_image(tmp_path / "out/original.png"), {"age": 30.0}
+    image, record = pixels.load_image(tmp_path / "out/original.png"), {"age": 30.0}
     dicom.write(tmp_path / "a.dcm", image, record, "demo", 0)
     ds = pydicom.dcmread(tmp_path / "a.dcm")
     ds.PatientName, ds.PatientID, ds.AccessionNumber, ds.InstitutionName = "Doe^Jane", "MRN4711", "ACC4711", "St. Elsewhere"
     ds.save_as(tmp_path / "a.dcm")
-    status, output, errors = command("edit.py", tmp_path / "a.dcm", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--dicom",
+    status, output, errors = command("causal", "edit", tmp_path / "a.dcm", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--dicom",
                                      "--out", tmp_path / "sweep")
     assert status == 0, errors
     assert Image.open(tmp_path / "sweep/strip.png").size == (384, 142) and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3

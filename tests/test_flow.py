@@ -104,9 +104,9 @@ def test_guidance_acts_on_all_channels_and_1_is_off():
         return x * 0 + c[:, :, None, None]                           # v = c on every channel
 
     x = torch.zeros(2, 5, 3, 3)
-    assert torch.equal(flow.guided(predict, condition, null, 1.0)(x, 0.5), torch.full_like(x, 3.0))
-    assert torch.equal(flow.guided(predict, condition, null, 2.0)(x, 0.5), torch.full_like(x, 5.0))  # 1 + 2 (3 - 1)
-    assert torch.equal(flow.guided(predict, condition, null, 0.0)(x, 0.5), torch.full_like(x, 1.0))
+    assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 1.0)(x, 0.5), torch.full_like(x, 3.0))
+    assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 2.0)(x, 0.5), torch.full_like(x, 5.0))  # 1 + 2 (3 - 1)
+    assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 0.0)(x, 0.5), torch.full_like(x, 1.0))
     assert calls == [2, 4, 4]                                        # one batch for both branches; none for the null at 1
 
 
@@ -123,8 +123,8 @@ def test_guidance_in_an_interval_of_time(solver, weight, interval):
         ran.append(len(x))
         return exact_velocity(x, t) - c[:, :, None, None]
 
-    guided = flow.guided(predict, condition, null, weight, interval=interval)
-    plain = flow.guided(predict, condition, null, 1.0)
+    guided = flow.classifier_free_guidance(predict, condition, null, weight, interval=interval)
+    plain = flow.classifier_free_guidance(predict, condition, null, 1.0)
     for t in times:
         added = weight - 1 if interval[0] <= t <= interval[1] else 0
         assert torch.allclose(guided(noise, t), plain(noise, t) + added, atol=1e-5)
@@ -132,7 +132,7 @@ def test_guidance_in_an_interval_of_time(solver, weight, interval):
             assert torch.equal(guided(noise, t), plain(noise, t))
     ran.clear()
     x, evaluations = flow.integrate(guided, noise, times, solver)
-    assert sum(ran) / 50 == flow.passes(times, solver, weight, interval)
+    assert sum(ran) / 50 == flow.count_network_calls(times, solver, weight, interval)
     assert evaluations == len(ran) == 8 * (2 if solver == "heun" else 1)
     if interval == (0.9, 0.95):                                      # between two steps: as without guidance, to the bit
         assert torch.equal(x, flow.integrate(plain, noise, times, solver)[0])
@@ -140,10 +140,10 @@ def test_guidance_in_an_interval_of_time(solver, weight, interval):
 
 def test_passes_by_hand():
     times = flow.time_grid(4, 1.0)                                   # 0, 1/4, 1/2, 3/4, 1
-    assert flow.passes(times, "euler", 1.0) == 4 and flow.passes(times, "euler", 2.0) == 8
-    assert flow.passes(times, "euler", 2.0, (0.25, 0.5)) == 6        # two of four with both branches
-    assert flow.passes(times, "heun", 2.0, (0.25, 0.5)) == 12        # at 0 1/4, 1/4 1/2, 1/2 3/4, 3/4 1: four of eight
-    assert flow.passes(times, "heun", 2.0, (0.8, 1)) == 9            # at the end of the last step alone
+    assert flow.count_network_calls(times, "euler", 1.0) == 4 and flow.count_network_calls(times, "euler", 2.0) == 8
+    assert flow.count_network_calls(times, "euler", 2.0, (0.25, 0.5)) == 6        # two of four with both branches
+    assert flow.count_network_calls(times, "heun", 2.0, (0.25, 0.5)) == 12        # at 0 1/4, 1/4 1/2, 1/2 3/4, 3/4 1: four of eight
+    assert flow.count_network_calls(times, "heun", 2.0, (0.8, 1)) == 9            # at the end of the last step alone
 
 
 def test_data_prediction_gives_the_same_samples_as_velocity():
@@ -154,5 +154,5 @@ def test_data_prediction_gives_the_same_samples_as_velocity():
 
     times = torch.linspace(0, 0.9, 20, dtype=torch.float64)          # up to where the division is not limited
     a, _ = flow.integrate(exact_velocity, noise, times)
-    b, _ = flow.integrate(flow.guided(data_from, [], [], 1.0, "data"), noise.float(), times)
+    b, _ = flow.integrate(flow.classifier_free_guidance(data_from, [], [], 1.0, "data"), noise.float(), times)
     assert torch.allclose(a.float(), b, atol=1e-5)

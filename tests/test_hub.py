@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-
-import cli
-import data
-import hub
-import radiograph
-from cli import InputError
 from conftest import ROOT
+
+from common import cli, hub
+from common.cli import InputError
+from radiographs import pixels
+from radiographs.index import COLUMNS, index_row
 from vae import RadVAE, VAEConfig
 
 SMALL = VAEConfig(channels=1, latent_channels=2, widths=(4, 8), layers=1, groups=2)
@@ -109,12 +108,12 @@ def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path
         "layers_per_block": 1, "norm_num_groups": 2}))
     root = tmp_path / "one"
     (root / "images").mkdir(parents=True)
-    radiograph.save_image(torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0)), root / "images/0.png")
-    row = data.index_row({"path": "images/0.png", "patient": "p", "split": "test", "dataset": "own"})
-    cli.write_csv(root / "index.csv", data.COLUMNS, [row])
+    pixels.save_image(torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0)), root / "images/0.png")
+    row = index_row({"path": "images/0.png", "patient": "p", "split": "test", "dataset": "own"})
+    cli.write_csv(root / "index.csv", COLUMNS, [row])
 
     def evaluate(place):
-        status, output, errors = command("vae.py", "evaluate", root, "--vae", place)
+        status, output, errors = command("autoencoder", "evaluate", root, "--vae", place)
         return status, output.partition(": ")[2], errors
 
     status, expected, errors = evaluate(folder.parent)

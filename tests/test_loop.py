@@ -9,21 +9,19 @@ import time
 import job
 import pytest
 import torch
+from job import log_of
 
-import checkpoint
-import hub
-import loop
-import parallel
 import radit
 import train
-from cli import InputError
-from job import log_of
+from common import hub
+from common.cli import InputError
+from training import checkpoint, parallel
 
 CFG = dict(images=160, batch=8, lr=3e-3, warmup=40, ema=200, log_every=1, save_every=10)  # 20 steps
 
 
 def config(**changes):
-    return loop.TrainConfig(**(CFG | changes))
+    return train.TrainConfig(**(CFG | changes))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, h
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert job.run(2, "radit", config(), whole, **how) == [0, 0]
     event = (1, 5, signal.SIGUSR1 if how else signal.SIGTERM)        # the second process, in its fifth step
-    assert job.run(2, "radit", config(), stopped, event=event, **how) == [loop.STOPPED] * 2
+    assert job.run(2, "radit", config(), stopped, event=event, **how) == [train.STOPPED] * 2
     assert checkpoint.latest(stopped).name == "64"                   # the next step at which all are asked: 8
     assert job.run(2, "radit", config(), stopped, **how) == [0, 0]
     assert log_of(stopped) == log_of(whole)                          # bit for bit
@@ -116,12 +114,12 @@ def test_a_signal_between_two_lines_of_the_log(tmp_path):
     identical(stopped, whole)
 
 
-@pytest.mark.parametrize("number, timeout", [(signal.SIGKILL, None), (signal.SIGSTOP, loop.parallel.timedelta(seconds=3))], ids=["dead", "hanging"])
+@pytest.mark.parametrize("number, timeout", [(signal.SIGKILL, None), (signal.SIGSTOP, train.parallel.timedelta(seconds=3))], ids=["dead", "hanging"])
 def test_the_job_ends_when_a_process_dies_or_hangs(tmp_path, number, timeout):
     started = time.monotonic()
     first, second = job.start(2, "radit", config(images=10 ** 6, log_every=10 ** 6), tmp_path / "run", event=(1, 3, number), timeout=timeout)
     first.join(60)
-    assert first.exitcode not in (None, 0, loop.STOPPED) and time.monotonic() - started < 60
+    assert first.exitcode not in (None, 0, train.STOPPED) and time.monotonic() - started < 60
     second.kill()
     second.join()
 
@@ -149,12 +147,12 @@ def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
 
 def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
     def draw(part):
-        rng = loop.Draw(loop.generator("cpu", 3, 640), 8, part)
+        rng = train.Draw(train.generator("cpu", 3, 640), 8, part)
         return rng.normal(2, 3), rng.uniform(5), rng(lambda count, rng: train.flow.sample_times(count, 2.0, rng))
     whole, halves = draw(slice(None)), [draw(slice(0, 4)), draw(slice(4, 8))]
     for i, numbers in enumerate(whole):
         assert torch.equal(numbers, torch.cat([half[i] for half in halves])) and len(numbers) == 8
-    assert not torch.equal(whole[0], loop.Draw(loop.generator("cpu", 3, 648), 8).normal(2, 3))
+    assert not torch.equal(whole[0], train.Draw(train.generator("cpu", 3, 648), 8).normal(2, 3))
     assert ((whole[2].sort().values == whole[2]).all())              # the stratified times: one in each eighth
 
 
@@ -162,10 +160,10 @@ def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, world, accumulate, accepted):
     monkeypatch.setattr(parallel, "world", world)
     if accepted:
-        assert loop.micro_batch(config(accumulate=accumulate)) == 2
+        assert train.micro_batch(config(accumulate=accumulate)) == 2
         return
     with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {world} processes, --accumulate {accumulate}"):
-        loop.micro_batch(config(accumulate=accumulate))
+        train.micro_batch(config(accumulate=accumulate))
 
 
 def test_the_command_line_refuses_before_it_writes(command, tmp_path):
@@ -203,8 +201,8 @@ def bf16_is_used():
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.skipif(not bf16_is_used(), reason="no bfloat16 units"))])
 def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monkeypatch, bf16):
     device = parallel.pick_device()[0]
-    monkeypatch.setattr(loop, "pick_device", lambda: (device, bf16))
-    monkeypatch.setattr(loop, "draw_curve", lambda history, path: None)
+    monkeypatch.setattr(train, "pick_device", lambda: (device, bf16))
+    monkeypatch.setattr(train, "draw_curve", lambda history, path: None)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -217,8 +215,8 @@ def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_is_waited_for_at_the_log_only(tmp_path, monkeypatch):
     """Between two lines nothing synchronises, from the second interval on: torch would raise."""
-    monkeypatch.setattr(loop, "draw_curve", lambda history, path: None)
-    lines, summary = [], loop.summary
+    monkeypatch.setattr(train, "draw_curve", lambda history, path: None)
+    lines, summary = [], train.summary
 
     def watched(*arguments):
         torch.cuda.set_sync_debug_mode("default")
@@ -230,7 +228,7 @@ def test_the_device_is_waited_for_at_the_log_only(tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("error" if lines else "default")
             return super().loss(model, batch, draw)
 
-    monkeypatch.setattr(loop, "summary", watched)
+    monkeypatch.setattr(train, "summary", watched)
     monkeypatch.setattr(train, "RadiTTask", Task)
     job.radit_job(config(log_every=5, save_every=20), tmp_path / "run", compiled=True)
     assert len(lines) == 4

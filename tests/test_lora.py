@@ -6,10 +6,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import cli
-import hub
-import lora
 import vae
+from autoencoder import lora
+from autoencoder.load import copy_vae, load_vae
+from common import cli, hub
 from vae import RadVAE, VAEConfig
 
 TARGETS = ["conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out", "to_q", "to_k", "to_v", "to_out.0"]
@@ -28,7 +28,7 @@ def base(tmp_path):
 
 def adapted(folder, rank=4, alpha=8, seed=1):
     """The base with adapters that do something."""
-    model = vae.load(folder)
+    model = load_vae(folder)
     lora.add(model, rank, alpha)
     torch.manual_seed(seed)
     for adapter in lora.adapters(model).values():
@@ -44,7 +44,7 @@ def bits(model):
 def test_equals_peft(base):
     peft = pytest.importorskip("peft")
     model, z = adapted(base), torch.randn(2, 16, 4, 6)
-    peer = vae.load(base)
+    peer = load_vae(base)
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS), peer.decoder)
     theirs = {name: module for name, module in peer.decoder.named_modules() if hasattr(module, "lora_A")}
     ours = lora.adapters(model)
@@ -52,7 +52,7 @@ def test_equals_peft(base):
     for name, adapter in ours.items():
         theirs[name].lora_A["default"].weight.copy_(adapter.A)       # raises if the shape is another
         theirs[name].lora_B["default"].weight.copy_(adapter.B.view_as(theirs[name].lora_B["default"].weight))
-    plain = vae.load(base).decode(z)
+    plain = load_vae(base).decode(z)
     assert (model.decode(z) - plain).abs().mean() > 0.01             # the adapters matter
     assert torch.allclose(model.decode(z), peer.decode(z), atol=1e-5)
     lora.merge(model)
@@ -63,7 +63,7 @@ def test_equals_peft(base):
 
 
 def test_training_starts_at_the_base_and_moves_only_the_adapters(base):
-    model = vae.load(base)
+    model = load_vae(base)
     before, x, noise = bits(model), torch.randn(2, 1, 16, 16), torch.randn(2, 16, 4, 4)
     reconstruction = model(x, noise)[0]                              # in eval mode
     lora.add(model, rank=4, alpha=8)
@@ -90,7 +90,7 @@ def test_training_starts_at_the_base_and_moves_only_the_adapters(base):
 @torch.no_grad()
 def test_merge_and_unmerge_are_exact(base):
     model, z = adapted(base), torch.randn(2, 16, 4, 4)
-    original, state, image = bits(vae.load(base)), bits(model), model.decode(z)
+    original, state, image = bits(load_vae(base)), bits(model), model.decode(z)
     replaced = lora.merge(model)
     assert bits(model).keys() == original.keys()                     # ordinary layers, under their own names
     assert torch.equal(model.decode(z), image)
@@ -107,17 +107,17 @@ def test_merge_and_unmerge_are_exact(base):
 def test_saved_adapters_load_onto_their_base(base, tmp_path):
     model, x = adapted(base, rank=2, alpha=3), torch.randn(2, 1, 16, 16)
     lora.save(model, tmp_path / "adapters")
-    again = vae.load(base)
+    again = load_vae(base)
     lora.load(again, tmp_path / "adapters")
     for name, adapter in lora.adapters(model).items():
         other = lora.adapters(again)[name]
         assert (other.rank, other.alpha) == (2, 3) and torch.equal(other.A, adapter.A.bfloat16().float())
         assert torch.equal(other.B, adapter.B.bfloat16().float())
     # Beside the base they are part of the VAE, whose encoder and fingerprint stay those of the base.
-    vae.copy(base, tmp_path / "both")
+    copy_vae(base, tmp_path / "both")
     lora.save(model, tmp_path / "both")
-    vae.copy(tmp_path / "both", tmp_path / "copy")
-    both, plain = vae.load(tmp_path / "copy"), vae.load(base)
+    copy_vae(tmp_path / "both", tmp_path / "copy")
+    both, plain = load_vae(tmp_path / "copy"), load_vae(base)
     assert both.fingerprint == plain.fingerprint and torch.equal(both.encode(x)[0], plain.encode(x)[0])
     z = plain.encode(x)[0]
     assert torch.allclose(both.decode(z), again.decode(z), atol=1e-6)
@@ -129,7 +129,7 @@ def test_another_base_or_damaged_adapters_are_refused(base, tmp_path):
 
     def refused(message, where=base):
         with pytest.raises(cli.InputError, match=message):
-            lora.load(vae.load(where), folder)
+            lora.load(load_vae(where), folder)
 
     refused("two files")
     lora.save(model, folder)

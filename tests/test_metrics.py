@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torchmetrics.image.kid import poly_mmd
 
-import classifier
-import cli
-import data
-import hub
 import metrics
-import raddino
-from cli import InputError
+from common import cli, hub
+from common.cli import InputError
+from diagnosis import classifier
+from encoders import raddino
+from radiographs.index import COLUMNS, index_row, read_index
 
 
 def two_sets(n=700, m=500, width=24, seed=0):
@@ -148,7 +147,7 @@ def prepared(root, count, seed):
     pictures(root / "images", count, seed)
     records = [{"path": f"images/{i:03}.png", "patient": f"p{i}", "split": "test" if i % 3 else "train", "dataset": "own",
                 "sex": ("female", "male")[i % 2], "age": 10.0 + i, "edema": "positive" if i < 12 else "negative"} for i in range(count)]
-    cli.write_csv(root / "index.csv", data.COLUMNS, map(data.index_row, records))
+    cli.write_csv(root / "index.csv", COLUMNS, map(index_row, records))
     return root
 
 
@@ -168,7 +167,7 @@ def test_the_report_and_its_cache(tmp_path, command, encoder):
     # The figures are those of the features, computed apart: the published processor, one image at a time.
     model = raddino.load_encoder(encoder)
     def features(root, split):
-        paths = [root / r["path"] for r in data.read_index(root) if split in (None, r["split"])]
+        paths = [root / r["path"] for r in read_index(root) if split in (None, r["split"])]
         return torch.stack([model(raddino.preprocess(Image.open(path), model.config)[None])[0][0] for path in paths])
     x, y = features(real, "test"), features(fake, None)
     assert groups["all"]["FDD"][0] == pytest.approx(metrics.frechet_distance(x, y)[0], rel=1e-3)

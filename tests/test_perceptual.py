@@ -3,8 +3,7 @@ import pytest
 import torch
 from test_raddino import CONFIG, peer, write
 
-import perceptual
-import raddino
+from encoders import perceptual, raddino
 
 
 @pytest.fixture
@@ -52,9 +51,9 @@ def test_gradients_go_to_the_reconstruction_only(models):
 
 def test_sides_become_whole_patches(models):
     ours, _ = models
-    assert perceptual.look(ours, torch.zeros(1, 1, 512, 40)).shape == (1, 3, 518, 42)
+    assert perceptual.to_encoder_input(ours, torch.zeros(1, 1, 512, 40)).shape == (1, 3, 518, 42)
     x, y = images(70)
-    assert torch.equal(perceptual.look(ours, x), ours.normalise(x))
+    assert torch.equal(perceptual.to_encoder_input(ours, x), ours.normalise(x))
 
 
 def test_one_layer_is_held_at_a_time():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-import radiograph
 import radit
 import sample
 import train
+from radiographs import pixels
 
 
 def call(monkeypatch, module, *arguments):
@@ -49,4 +49,4 @@ def test_a_pixel_model_of_512_is_trained_saved_and_drawn_from(large, tmp_path, m
     for i in range(2):
         path = tmp_path / f"out/images/000{i}.png"
         assert Image.open(path).size == (512, 512) and Image.open(path).text["Synthetic"] == "yes"
-        assert torch.allclose(images[i], radiograph.load_image(path), atol=0.005)    # bytes
+        assert torch.allclose(images[i], pixels.load_image(path), atol=0.005)    # bytes

@@ -6,18 +6,18 @@ import re
 import phantom
 import pytest
 import torch
+from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-import cli
 import data
-import fields
-import latents
-import plan
 import radit
 import train
 import vae
-from conftest import ROOT
+from autoencoder import latents
+from common import cli
+from radiographs import fields
+from training import plan
 
 SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)  # 576 tokens: fused attention, as on a GPU
 
@@ -119,7 +119,7 @@ def test_time_and_steps_by_hand():
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["train.py", "plan", *arguments])
+    monkeypatch.setattr("sys.argv", ["training", "plan", *arguments])
     train.main()
 
 
@@ -146,7 +146,7 @@ def test_an_advice_followed_needs_no_other(monkeypatch, capsys):
     assert "fits: DDP, compiled (--accumulate 8)" in capsys.readouterr().out
 
 
-ROWS = re.findall(r"\| `(--size .*?)` \| (.*) \|", (ROOT / "GPU.md").read_text())
+ROWS = re.findall(r"\| `(--size .*?)` \| (.*) \|", (ROOT / "training/README.md").read_text())
 
 
 @pytest.mark.parametrize("options, figures", ROWS)
@@ -166,7 +166,7 @@ def test_the_table_in_gpu_md_is_what_the_plan_says(options, figures):
     (["--gpus", "7"], "--batch 1024 cannot be split evenly among 7 GPUs x 1 parts"),
     (["--side", "500"], "--side 500 is not a multiple of 16 pixels"), (["--size", "M"], "'XL'")])
 def test_bad_values_are_one_line(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr("sys.argv", ["train.py", "plan", *arguments])
+    monkeypatch.setattr("sys.argv", ["training", "plan", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.run(train.main)
     errors = capsys.readouterr().err

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 
-import fields
-import hub
-import publish
 import radit
 import sample
 import vae
-from cli import InputError
+from common import hub
+from common.cli import InputError
+from radiographs import fields
+from share import publish
 
 REPORT = {"protocol": {"encoder": "microsoft/rad-dino", "k": 5, "warnings": ["few images"]},
           "results": [{"group": "all", "real": 50, "synthetic": 60, "FDD": [9.12789, 0.5], "KDD": [0.05, None]},

@@ -8,10 +8,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.bit.image_processing_pil_bit import \
+    BitImageProcessorPil
 
-import raddino
-from cli import InputError
+from common.cli import InputError
+from encoders import raddino
 
 CONFIG = raddino.EncoderConfig(width=96, depth=3, heads=3, patch=14, image_size=70)
 

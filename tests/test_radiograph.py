@@ -2,28 +2,28 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
 from pictures import RAMP, picture, write_dicom
+from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-import radiograph
-from radiograph import Rejected
+from radiographs import pixels
+from radiographs.pixels import Rejected
 
 # --- pictures -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", [None, "RGB", "RGBA", "LA", "P"])
 def test_every_grey_encoding_gives_the_same_picture(tmp_path, mode):
-    expected = radiograph.read_radiograph(picture(tmp_path, RAMP, name="grey.png"), 128)
-    got = radiograph.read_radiograph(picture(tmp_path, RAMP, mode), 128)
+    expected = pixels.read_radiograph(picture(tmp_path, RAMP, name="grey.png"), 128)
+    got = pixels.read_radiograph(picture(tmp_path, RAMP, mode), 128)
     assert np.abs(got.astype(int) - expected).max() <= 1
     assert expected.max() > 250
 
 
 def test_16_bits_keep_their_depth(tmp_path):
     fine = np.linspace(0, 65535, 64 * 64).reshape(64, 64).round().astype(np.uint16)
-    out = radiograph.read_radiograph(picture(tmp_path, fine), 64, bits=16)
+    out = pixels.read_radiograph(picture(tmp_path, fine), 64, bits=16)
     assert out.dtype == np.uint16 and np.abs(out.astype(int) - fine).max() <= 1  # same size: nothing to resample
-    small = radiograph.read_radiograph(picture(tmp_path, fine // 4), 64, bits=8)
+    small = pixels.read_radiograph(picture(tmp_path, fine // 4), 64, bits=8)
     assert 62 <= small.max() <= 64  # a dark image stays dark: no stretch to the image's own maximum
 
 
@@ -31,7 +31,7 @@ def test_aspect_ratio_kept_centred_on_black_and_never_flipped(tmp_path):
     array = np.full((64, 128), 200, np.uint8)
     array[:, :16] = 40   # a dark band on the left
     array[:8] = 120      # and a grey one on top
-    out = radiograph.read_radiograph(picture(tmp_path, array), 64)
+    out = pixels.read_radiograph(picture(tmp_path, array), 64)
     assert out.shape == (64, 64) and out[:16].max() == 0 and out[48:].max() == 0  # 64x32 in the middle
     middle = out[16:48]
     assert abs(int(middle[20, 2]) - 40) < 3 and abs(int(middle[20, 60]) - 200) < 3 and abs(int(middle[0, 40]) - 120) < 12
@@ -39,7 +39,7 @@ def test_aspect_ratio_kept_centred_on_black_and_never_flipped(tmp_path):
 
 def test_resize_is_antialiased(tmp_path):
     stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))  # one pixel wide: the mean is all that remains
-    out = radiograph.read_radiograph(picture(tmp_path, stripes), 64)
+    out = pixels.read_radiograph(picture(tmp_path, stripes), 64)
     assert np.abs(out[8:-8, 8:-8].astype(int) - 127).max() <= 3
 
 
@@ -57,26 +57,26 @@ def test_resize_is_antialiased(tmp_path):
 def test_what_is_not_a_radiograph_is_rejected_with_the_reason(tmp_path, make, reason):
     make(tmp_path)
     with pytest.raises(Rejected, match=reason):
-        radiograph.read_radiograph(tmp_path / "x.png", 64)
+        pixels.read_radiograph(tmp_path / "x.png", 64)
 
 
 def test_saved_images_come_back(tmp_path):
     image = torch.linspace(-1, 1, 256).view(1, 16, 16)
-    radiograph.save_image(image, tmp_path / "a.png", {"Synthetic": "yes"})
-    assert torch.allclose(radiograph.load_image(tmp_path / "a.png"), image, atol=1e-6)
+    pixels.save_image(image, tmp_path / "a.png", {"Synthetic": "yes"})
+    assert torch.allclose(pixels.load_image(tmp_path / "a.png"), image, atol=1e-6)
     assert Image.open(tmp_path / "a.png").mode == "L" and Image.open(tmp_path / "a.png").text == {"Synthetic": "yes"}
 
 
 def test_grid_by_hand():
     images = torch.stack([torch.full((1, 1, 1), float(i)) for i in range(3)])
-    assert radiograph.grid(images, columns=2).tolist() == [[[0, 1], [2, -1]]]
+    assert pixels.grid(images, columns=2).tolist() == [[[0, 1], [2, -1]]]
 
 
 def test_jitter_moves_a_little_and_never_flips():
     """A bright spot on the left, above the middle: it stays within the promised distance, on its side."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
     image = (2 * torch.exp(-((x + 0.6) ** 2 + (y + 0.3) ** 2) / 0.02) - 1).expand(200, 1, 128, 128)
-    moved = radiograph.jitter(image, torch.Generator().manual_seed(0))
+    moved = pixels.jitter(image, torch.Generator().manual_seed(0))
     assert moved.min() >= -1 and moved.max() <= 1
     weight = ((moved + 1) / 2) ** 4
     place = torch.stack([(weight * axis).sum((1, 2, 3)) / weight.sum((1, 2, 3)) for axis in (x, y)], 1)
@@ -84,7 +84,7 @@ def test_jitter_moves_a_little_and_never_flips():
     # 12 % closer and 0.12 of room along each axis: at most 0.12 * (1 + 0.6), 0.12 * (1 + 0.3); the tilt adds 0.05 * 0.67
     assert 0.03 < distance.mean() and distance.max() < (0.19 ** 2 + 0.16 ** 2) ** 0.5 + 0.05
     assert place[:, 0].max() < -0.3
-    assert torch.equal(moved, radiograph.jitter(image, torch.Generator().manual_seed(0)))
+    assert torch.equal(moved, pixels.jitter(image, torch.Generator().manual_seed(0)))
 
 
 # --- DICOM ----------------------------------------------------------------------------------------------
@@ -104,20 +104,20 @@ def test_windows_equal_pydicoms(tmp_path, tags):
     slope, intercept = tags.get("RescaleSlope", 1), tags.get("RescaleIntercept", 0)
     shown = apply_voi_lut(ds.pixel_array.astype(int) * slope + intercept, ds)  # on the scale of the stored bits, after the modality LUT
     low, high = intercept, 4095 * slope + intercept
-    assert np.abs(radiograph.read_dicom(path) - (shown - low) / (high - low)).max() < 1e-3
+    assert np.abs(pixels.read_dicom(path) - (shown - low) / (high - low)).max() < 1e-3
 
 
 def test_stored_bits_set_the_scale_without_a_window(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", STORED // 2, BitsStored=12)
-    assert np.allclose(radiograph.read_dicom(path), (STORED // 2) / 4095)
+    assert np.allclose(pixels.read_dicom(path), (STORED // 2) / 4095)
     signed = write_dicom(tmp_path / "b.dcm", STORED.astype(np.int16) - 2048, BitsStored=12)
-    assert np.allclose(radiograph.read_dicom(signed), STORED / 4095)
+    assert np.allclose(pixels.read_dicom(signed), STORED / 4095)
 
 
 def test_monochrome1_is_inverted_after_the_window(tmp_path):
     tags = {"BitsStored": 12, "WindowCenter": 1000, "WindowWidth": 600}
-    normal = radiograph.read_dicom(write_dicom(tmp_path / "a.dcm", STORED, **tags))
-    inverted = radiograph.read_dicom(write_dicom(tmp_path / "b.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **tags))
+    normal = pixels.read_dicom(write_dicom(tmp_path / "a.dcm", STORED, **tags))
+    inverted = pixels.read_dicom(write_dicom(tmp_path / "b.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **tags))
     assert np.allclose(inverted, 1 - normal) and normal[0, 0] == 0 and inverted[0, 0] == 1
 
 
@@ -135,10 +135,10 @@ def test_luts_by_hand(tmp_path):
     modality, voi = lut_item(0, [3, 2, 1, 0], 16), lut_item(0, [0, 100, 500, 1023], 10)
     modality.ModalityLUTType = "US"
     tags = {"ModalityLUTSequence": [modality], "VOILUTSequence": [voi]}
-    shown = radiograph.read_dicom(write_dicom(tmp_path / "a.dcm", stored, BitsStored=12, **tags))
+    shown = pixels.read_dicom(write_dicom(tmp_path / "a.dcm", stored, BitsStored=12, **tags))
     assert np.allclose(shown, np.array([1023, 500, 100, 0])[stored] / 1023)
     tags |= {"WindowCenter": 1, "WindowWidth": 2}                     # where both are there, the LUT is meant
-    assert np.allclose(radiograph.read_dicom(write_dicom(tmp_path / "b.dcm", stored, BitsStored=12, **tags)), shown)
+    assert np.allclose(pixels.read_dicom(write_dicom(tmp_path / "b.dcm", stored, BitsStored=12, **tags)), shown)
 
 
 @pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
@@ -156,7 +156,7 @@ def test_bundled_files_equal_pydicoms_pipeline(tmp_path, name):
     expected = ((apply_voi_lut(modality, ds) - low) / (high - low)).clip(0, 1)
     if ds.PhotometricInterpretation == "MONOCHROME1":
         expected = 1 - expected
-    assert np.abs(radiograph.read_dicom(tmp_path / name) - expected).max() < 1e-3
+    assert np.abs(pixels.read_dicom(tmp_path / name) - expected).max() < 1e-3
 
 
 # --- compressed DICOM -----------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_transfer_syntaxes_give_the_pixels_that_went_in(tmp_path, syntax, photom
         pydicom.dcmwrite(path, ds, little_endian=syntax != "big endian", implicit_vr=syntax == "implicit", force_encoding=True)
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID != pydicom.dcmread(plain).file_meta.TransferSyntaxUID
     expected = STORED / 4095
-    assert np.allclose(radiograph.read_dicom(path), 1 - expected if photometric == "MONOCHROME1" else expected)
+    assert np.allclose(pixels.read_dicom(path), 1 - expected if photometric == "MONOCHROME1" else expected)
 
 
 def test_what_no_decoder_can_do_is_refused_by_name(tmp_path):
@@ -202,7 +202,7 @@ def test_what_no_decoder_can_do_is_refused_by_name(tmp_path):
     ds.Modality, ds.BodyPartExamined = "DX", "CHEST"
     ds.save_as(tmp_path / "a.dcm")
     with pytest.raises(Rejected, match="unreadable: .*JPEG Extended.*12-bit"):
-        radiograph.read_radiograph(tmp_path / "a.dcm", 64)
+        pixels.read_radiograph(tmp_path / "a.dcm", 64)
 
 
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
@@ -210,16 +210,16 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     ds = pydicom.dcmread(path)
     ds.Modality = "DX"
     ds.save_as(tmp_path / "a.dcm")
-    monkeypatch.setattr(radiograph, "get_decoder", lambda syntax: type("None", (), {"is_available": False}))
+    monkeypatch.setattr(pixels, "get_decoder", lambda syntax: type("None", (), {"is_available": False}))
     with pytest.raises(Rejected, match="no decoder for JPEG-LS Lossless.*python-gdcm"):
-        radiograph.read_radiograph(tmp_path / "a.dcm", 64)
+        pixels.read_radiograph(tmp_path / "a.dcm", 64)
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
     Image.new("L", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 1e6
     with pytest.raises(Rejected, match="pixels"):
-        radiograph.read_radiograph(tmp_path / "bomb.png", 64)
+        pixels.read_radiograph(tmp_path / "bomb.png", 64)
     write_dicom(tmp_path / "bomb.dcm", RAMP, Rows=60_000, Columns=60_000)
     with pytest.raises(Rejected, match="60000x60000 pixels"):
-        radiograph.read_radiograph(tmp_path / "bomb.dcm", 64)
+        pixels.read_radiograph(tmp_path / "bomb.dcm", 64)

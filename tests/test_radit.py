@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import fields
 import radit
+from radiographs import fields
 from radit import RadiT, RadiTConfig
 
 SMALL = RadiTConfig(channels=4, grid=(6, 4), patch=2, width=128, depth=2, heads=2)

@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-import reading
-from cli import InputError
+from common.cli import InputError
+from study import score
 
 
 def made_key(design="pairs", pairs=6, presentations=2, margin=0.1):
-    named = [[reading.digest(f"{kind} {i}") for kind in ("real", "synthetic")] for i in range(pairs)]
+    named = [[score.digest(f"{kind} {i}") for kind in ("real", "synthetic")] for i in range(pairs)]
     questions = sorted(map(sorted, named)) if design == "pairs" else sorted([name] for pair in named for name in pair)
     plan = {"design": design, "presentations": presentations, "margin": margin, "quiz": False, "questions": questions}
-    return {"id": reading.digest(plan), "study": plan, "pairs": named}
+    return {"id": score.digest(plan), "study": plan, "pairs": named}
 
 
 def made_result(key, reader="A", seed=0, answer=lambda shown, rng: shown[0]):
@@ -29,12 +29,12 @@ def made_result(key, reader="A", seed=0, answer=lambda shown, rng: shown[0]):
                             "ms": int(rng.integers(1000, 9000))})
     result = {"study": key["id"], "reader": reader, "started": "2026-01-01T00:00:00Z",
               "finished": "2026-01-01T01:00:00Z", "answers": answers}
-    return result | {"checksum": reading.checksum(result)}
+    return result | {"checksum": score.checksum(result)}
 
 
 def sealed(result):
     """With a checksum that fits: whoever wants to cheat can do that."""
-    return result | {"checksum": reading.checksum(result)}
+    return result | {"checksum": score.checksum(result)}
 
 
 def first(result, **changes):
@@ -66,10 +66,10 @@ def test_a_result_that_is_not_whole_and_unedited_is_named(tmp_path, change, mess
     key = made_key()
     path = tmp_path / "result.json"
     path.write_text(json.dumps(made_result(key)))
-    assert reading.read_result(path, key)["reader"] == "A"
+    assert score.read_result(path, key)["reader"] == "A"
     path.write_text(json.dumps(change(made_result(key))))
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        reading.read_result(path, key)
+        score.read_result(path, key)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -79,10 +79,10 @@ def test_ratings_outside_the_scale_are_named(tmp_path):
     for rating, passes in ((1, True), (6, True), (0, False), (7, False), (2.5, False), ("3", False), (None, False)):
         path.write_text(json.dumps(made_result(key, answer=lambda shown, rng: rating)))
         if passes:
-            reading.read_result(path, key)
+            score.read_result(path, key)
         else:
             with pytest.raises(InputError, match="an answer that the study does not have"):
-                reading.read_result(path, key)
+                score.read_result(path, key)
 
 
 @pytest.mark.parametrize("second, message", [
@@ -94,7 +94,7 @@ def test_a_reader_or_a_reading_counts_once(tmp_path, command, second, message):
     for name, result in (("1.json", made_result(key, "A")), ("2.json", second(key))):
         (tmp_path / name).write_text(json.dumps(result))
     before = sorted(tmp_path.iterdir())
-    status, _, errors = command("study.py", "score", "1.json", "2.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
+    status, _, errors = command("study", "score", "1.json", "2.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
     assert status == 2 and "2.json: " in errors and message in errors and len(errors.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
 
@@ -104,16 +104,16 @@ def test_a_key_with_another_margin_than_the_one_given_beforehand_is_refused(tmp_
     key["study"]["margin"] = 0.3
     (tmp_path / "key.json").write_text(json.dumps(key))
     with pytest.raises(InputError, match="its margin and questions are fixed then"):
-        reading.read_key(tmp_path / "key.json")
+        score.read_key(tmp_path / "key.json")
     key = made_key()
     key["pairs"][0][0] = "elsewhere"
     (tmp_path / "key.json").write_text(json.dumps(key))
     with pytest.raises(InputError, match="not those of its questions"):
-        reading.read_key(tmp_path / "key.json")
+        score.read_key(tmp_path / "key.json")
     for text, message in (("{}", "not a key"), ("text", "not JSON"), ("[1]", "not a key")):
         (tmp_path / "key.json").write_text(text)
         with pytest.raises(InputError, match=message):
-            reading.read_key(tmp_path / "key.json")
+            score.read_key(tmp_path / "key.json")
 
 
 # --- the numbers ----------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_four_pairs_by_hand():
     for (real, synthetic), left, right in zip(key["pairs"], (True, True, False, False), (True, True, True, False)):
         answers.append({"presentation": 1, "shown": [synthetic, real] if left else [real, synthetic],
                         "answer": synthetic if right else real})
-    numbers = reading.score({"A": answers}, key)
+    numbers = score.score({"A": answers}, key)
     row = numbers["readers"][0]
     assert (row["right"], row["n"], row["accuracy"], row["sensitivity"], row["specificity"]) == (3, 4, 0.75, 1.0, 0.5)
     z = {5 / 6: 0.967421566101701, 1 / 2: 0.0}                       # of the rates (2 + .5) / 3 and (1 + .5) / 3
@@ -153,8 +153,8 @@ def test_single_images_beside_scikit_learn_and_statsmodels(tmp_path):
         result = made_result(key, reader, i, rate)
         paths.append(tmp_path / f"{reader}.json")
         paths[-1].write_text(json.dumps(result))
-    results = reading.read_results(paths, key)
-    numbers = reading.score(results, key)
+    results = score.read_results(paths, key)
+    numbers = score.score(results, key)
     names = [name for name, in key["study"]["questions"]]
     truth = np.array([name in synthetic for name in names])
     rating = {(reader, a["presentation"], a["shown"][0]): a["answer"]
@@ -189,7 +189,7 @@ def test_score_of_simulated_readers_finds_their_ability():
         return lambda shown, rng: shown[int((shown[1] in synthetic) == (rng.random() < accuracy))]
 
     abilities = {"able": able(0.7), "guess": able(0.5), "left": lambda shown, rng: shown[0]}
-    numbers = reading.score({name: made_result(key, name, i, answer)["answers"]
+    numbers = score.score({name: made_result(key, name, i, answer)["answers"]
                              for i, (name, answer) in enumerate(abilities.items())}, key)
     rows = {(r["reader"], r["presentation"]): r for r in numbers["readers"]}
     for p in (1, 2):
@@ -204,7 +204,7 @@ def test_score_of_simulated_readers_finds_their_ability():
 
 
 def test_the_example_has_the_paper_s_shape_and_says_that_it_is_made_up(tmp_path, command):
-    status, output, errors = command("study.py", "example", "--out", tmp_path / "example")
+    status, output, errors = command("study", "example", "--out", tmp_path / "example")
     assert status == 0, errors
     assert output.startswith("MADE UP") and output == (tmp_path / "example.txt").read_text()
     numbers = json.loads((tmp_path / "example.json").read_text())
@@ -219,6 +219,6 @@ def test_the_example_has_the_paper_s_shape_and_says_that_it_is_made_up(tmp_path,
 
 def test_one_reader_with_an_awkward_name_and_one_presentation(tmp_path, capsys):
     key = made_key(presentations=1)
-    reading.report({"$a_{b $": made_result(key, "$a_{b $")["answers"]}, key, tmp_path / "new/score")
+    score.report({"$a_{b $": made_result(key, "$a_{b $")["answers"]}, key, tmp_path / "new/score")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["score.json", "score.png", "score.txt"]
     assert "NaN" not in (tmp_path / "new/score.json").read_text() and "$a_{b $" in capsys.readouterr().out

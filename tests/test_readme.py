@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import phantom
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-import radiograph
-from conftest import ROOT
+from radiographs import pixels
 
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -59,7 +59,7 @@ def test_a_command_runs(workspace, line):
     assert done.returncode == 0, done.stderr
     if file == "sample.py":
         out = workspace / (arguments[arguments.index("--out") + 1] if "--out" in arguments else "out")
-        assert radiograph.load_image(out / "images/0001.png").shape[0] == 1 and (out / "grid.png").exists() and (out / "metadata.csv").exists()
+        assert pixels.load_image(out / "images/0001.png").shape[0] == 1 and (out / "grid.png").exists() and (out / "metadata.csv").exists()
 
 
 def test_the_inventory_is_complete_and_its_line_counts_are_near():

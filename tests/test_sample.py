@@ -9,18 +9,18 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cli
 import data
-import fields
 import flow
-import hub
 import radit
 import sample
 import vae
-from conftest import ROOT
+from common import cli, hub
+from radiographs import fields
+from radiographs.index import COLUMNS, index_row, read_index
 
 DEMO = ROOT / "weights/demo"
 
@@ -66,7 +66,7 @@ def test_an_image_costs_the_passes_that_are_reported(weights, solver, interval):
     model.register_forward_hook(lambda module, inputs, output: ran.append(len(output)))
     wishes = [{"sex": "male"}] * 5, list(range(5))
     images, _ = sample.generate(model, decoder, *wishes, 7, 3.0, solver, 2, interval=interval)
-    assert sum(ran) == 5 * flow.passes(flow.time_grid(7, 2.0), solver, 3.0, interval)
+    assert sum(ran) == 5 * flow.count_network_calls(flow.time_grid(7, 2.0), solver, 3.0, interval)
     unguided, _ = sample.generate(model, decoder, *wishes, 7, 1.0, solver, 2)
     assert torch.equal(images, unguided) == (interval[0] == 0.999)   # no step lies there
 
@@ -142,12 +142,12 @@ def test_without_a_wish_each_image_asks_for_an_example(weights, tmp_path, comman
 def test_like_asks_for_rows_of_an_index_and_writes_a_prepared_source(weights, tmp_path, command):
     records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i, "sex": "male",
                 "race": "black"} for i in range(4)]                  # the weights were never taught a race
-    cli.write_csv(tmp_path / "index.csv", data.COLUMNS, map(data.index_row, records))
+    cli.write_csv(tmp_path / "index.csv", COLUMNS, map(index_row, records))
     status, output, errors = command("sample.py", "--weights", weights, "--like", tmp_path, "--split", "test", "--n", 6, "--steps", 1,
                                      "--view", "PA", "--out", tmp_path / "out")
     assert status == 0, errors
     assert "6 of 24 values were not covered" in output
-    found = data.read_index(tmp_path / "out")
+    found = read_index(tmp_path / "out")
     assert sorted(r["age"] for r in found[:3]) == sorted(r["age"] for r in found[3:]) == [31, 32, 33]
     assert all(r["view"] == "PA" and r["sex"] == "male" and "race" not in r for r in found)
     assert len(data.Radiographs([tmp_path / "out"], "train")) == 6 and len({r["patient"] for r in found}) == 6
@@ -191,10 +191,10 @@ def test_broken_weights_are_refused(weights, tmp_path, command):
 
 def test_only_covered_values_pass():
     covered = {"sex": {"male": 3}, "age": [20, 80]}
-    assert fields.uncovered("sex", "male", covered) is None and fields.uncovered("age", 80.0, covered) is None
-    assert "sex=female was not covered" in fields.uncovered("sex", "female", covered)
-    assert "age 19 was not covered" in fields.uncovered("age", 19.0, covered)
-    assert "says nothing of view" in fields.uncovered("view", "PA", covered)
+    assert fields.why_not_covered("sex", "male", covered) is None and fields.why_not_covered("age", 80.0, covered) is None
+    assert "sex=female was not covered" in fields.why_not_covered("sex", "female", covered)
+    assert "age 19 was not covered" in fields.why_not_covered("age", 19.0, covered)
+    assert "says nothing of view" in fields.why_not_covered("view", "PA", covered)
 
 
 # --- cohorts: long runs ---------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import sample
-import serve
-from cli import InputError
+from common.cli import InputError
+from share import serve
 
 FORM = {"n": 2, "steps": 2, "guidance": 2, "seed": 5, "metadata": {"sex": "female", "age": "60"}}
 

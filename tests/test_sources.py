@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cli
 import data
-import fields
-import sources
+from common import cli
+from radiographs import fields, sources
+from radiographs.index import read_index, stable_split
 
 RAMP = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
 BLANK = dict.fromkeys(fields.LABELS, "")
@@ -91,7 +91,7 @@ def padchest(root):
                row | {"ImageID": "5_e.png", "Labels": "['scoliosis ', 'hydropneumothorax']", "Projection": "PA"})
     for name in ("0/1_a.png", "1/2_b.png", "1/3_c.png", "54/4_d.png"):
         image(root / name)
-    known = {"patient": "PAD77", "sex": "female", "dataset": "PadChest", "split": data.stable_split("PAD77")}
+    known = {"patient": "PAD77", "sex": "female", "dataset": "PadChest", "split": stable_split("PAD77")}
     return [known | {"age": 64, "view": "AP", "pleural_effusion": "positive", "support_devices": "positive", "no_finding": "negative"},
             known | {"view": "LATERAL"} | {f: "negative" for f in fields.FINDINGS if f != "support_devices"} | {"no_finding": "positive"},
             "labelled exclude", known | {"age": 64}, None]
@@ -117,8 +117,8 @@ def brax(root):
     image(root / "images/id_1/Study_1/Series_1/image-1.png")
     image(root / "images/id_2/Study_2/Series_1/image-2.png")
     known = {"sex": "male", "dataset": "BRAX", "cardiomegaly": "positive", "no_finding": "negative"}
-    return [known | {"patient": "BRAX1", "age": 85, "split": data.stable_split("BRAX1")},
-            known | {"patient": "BRAX2", "age": 40, "view": "LATERAL", "split": data.stable_split("BRAX2")}]
+    return [known | {"patient": "BRAX1", "age": 85, "split": stable_split("BRAX1")},
+            known | {"patient": "BRAX2", "age": 40, "view": "LATERAL", "split": stable_split("BRAX2")}]
 
 
 def vindr(root):
@@ -131,7 +131,7 @@ def vindr(root):
     image(root / "test/y.dicom")
     asked = {f: "negative" for f in fields.FINDINGS if f != "support_devices"}
     known = {"view": "PA", "dataset": "VinDr-CXR"}
-    return [known | asked | {"patient": "VINx", "split": data.stable_split("VINx", 0.1, 0), "lung_lesion": "positive"},
+    return [known | asked | {"patient": "VINx", "split": stable_split("VINx", 0.1, 0), "lung_lesion": "positive"},
             known | asked | {"patient": "VINy", "split": "test", "no_finding": "positive"}]
 
 
@@ -142,7 +142,7 @@ def test_a_source_is_harmonised_by_hand(tmp_path, make):
     counts = data.prepare(name, tmp_path / "root", tmp_path / "out", size=32)
     assert counts == {"taken": sum(isinstance(e, dict) for e in expected), "rejected": sum(isinstance(e, str) for e in expected),
                       "missing": expected.count(None)}
-    records = data.read_index(tmp_path / "out")
+    records = read_index(tmp_path / "out")
     for record in records:
         assert (tmp_path / "out" / record.pop("path")).is_file()
     assert records == [e for e in expected if isinstance(e, dict)]

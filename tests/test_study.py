@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-import cli
-import data
-import reading
-import study
-from cli import InputError
+from common import cli
+from common.cli import InputError
+from radiographs.index import COLUMNS, index_row
+from study import build, score
 
 SIZE = 64
 
@@ -45,7 +44,7 @@ def write_folder(root, pictures, views, bits=8, noise=0, **text):
         Image.fromarray(grey).save(root / f"images/{i:03}.png", pnginfo=info)
         rows.append({"path": f"images/{i:03}.png", "patient": f"p{i}", "view": view, "split": "test"})
     with open(root / "index.csv", "w", newline="") as file:
-        csv.writer(file).writerows([data.COLUMNS, *map(data.index_row, rows)])
+        csv.writer(file).writerows([COLUMNS, *map(index_row, rows)])
     with open(root / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file", "view"], *[[row["path"], row["view"]] for row in rows]])
     return root
@@ -60,12 +59,12 @@ def folders(tmp_path_factory):
 
 def make(real, synthetic, out, *arguments):
     """Builds in this process; returns the page's text, what it holds, and the key."""
-    arguments = ["study.py", "build", "--real", real, "--synthetic", synthetic, "--out", out, *arguments]
+    arguments = ["study", "build", "--real", real, "--synthetic", synthetic, "--out", out, *arguments]
     with mock.patch.object(sys, "argv", list(map(str, arguments))):
-        study.main()
+        build.main()
     page = out.read_text()
     content = re.search(r'<script type="application/json" id="study">(.*?)</script>', page, re.S).group(1)
-    return page, json.loads(content), reading.read_key(out.with_suffix(".key.json"))
+    return page, json.loads(content), score.read_key(out.with_suffix(".key.json"))
 
 
 # --- the page gives nothing away ------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_the_page_is_the_same_whichever_folder_is_synthetic(folders, tmp_path, d
     swapped, _, other = make(b, a, tmp_path / "two.html", "--pairs", 7, "--seed", 3, "--design", design)
     assert page == swapped
     assert [pair[::-1] for pair in key["pairs"]] == other["pairs"] and key["pairs"] != other["pairs"]
-    assert content["answers"] is None and len(content["images"]) == 2 * (7 + study.PRACTICE)
+    assert content["answers"] is None and len(content["images"]) == 2 * (7 + build.PRACTICE)
     assert len(content["study"]["questions"]) == (7 if design == "pairs" else 14)
 
 
@@ -90,7 +89,7 @@ def test_a_classifier_of_bytes_and_headers_is_at_chance(tmp_path):
     rng, n = np.random.default_rng(0), 120
     real = write_folder(tmp_path / "real", [picture(rng) for _ in range(n)], ["PA"] * n, bits=16, Software="scanner")
     synthetic = write_folder(tmp_path / "synthetic", [picture(rng) for _ in range(n)], ["PA"] * n, noise=5, Synthetic="yes")
-    page, content, key = make(real, synthetic, tmp_path / "page.html", "--pairs", n - study.PRACTICE)
+    page, content, key = make(real, synthetic, tmp_path / "page.html", "--pairs", n - build.PRACTICE)
     names = [name for pair in key["pairs"] for name in pair]
     truth = np.tile([0, 1], len(key["pairs"]))
 
@@ -117,16 +116,16 @@ def test_pairs_are_matched_held_out_and_one_a_patient(folders, tmp_path):
     real = shutil.copytree(folders[0], tmp_path / "real")
     text = (real / "index.csv").read_text().replace("p1,", "p0,")    # images 0 and 1 are now of one patient
     (real / "index.csv").write_text(text.replace("p2,,Unknown,Unknown,PA,test", "p2,,Unknown,Unknown,PA,train"))
-    assert sorted(r["patient"] for r in study.read_real([real])) == ["p0", "p3", "p4", "p5", "p6", "p7", "p8", "p9"]
+    assert sorted(r["patient"] for r in build.read_real([real])) == ["p0", "p3", "p4", "p5", "p6", "p7", "p8", "p9"]
     _, content, key = make(folders[0], folders[1], tmp_path / "page.html", "--pairs", 8, "--seed", 1)
-    views = {str(r["path"]): r["view"] for folder in folders for r in study.read_synthetic([folder])}
+    views = {str(r["path"]): r["view"] for folder in folders for r in build.read_synthetic([folder])}
     seen = [[views[key["files"][name]] for name in pair] for pair in key["pairs"]]
     assert all(a == b for a, b in seen) and {a for a, _ in seen} == {"PA", "AP"}
     for real_name, synthetic_name in key["pairs"]:
         assert str(folders[0]) in key["files"][real_name] and str(folders[1]) in key["files"][synthetic_name]
     shown = base64.b64decode(content["images"][key["pairs"][0][0]])
     original = np.asarray(Image.open(key["files"][key["pairs"][0][0]]))
-    assert np.array_equal(np.frombuffer(shown, np.uint8).reshape(SIZE, SIZE), np.where(original < study.BLACK, 0, original))
+    assert np.array_equal(np.frombuffer(shown, np.uint8).reshape(SIZE, SIZE), np.where(original < build.BLACK, 0, original))
 
 
 def test_the_seed_draws_the_images_and_the_same_command_makes_the_same_files(folders, tmp_path):
@@ -150,7 +149,7 @@ def test_a_quiz_holds_its_answers_and_is_not_scored(folders, tmp_path):
     _, content, key = make(*folders, tmp_path / "quiz.html", "--pairs", 4, "--quiz")
     assert json.loads(base64.b64decode(content["answers"])) == [name for _, name in key["pairs"]]
     with pytest.raises(InputError, match="no blind reading"):
-        reading.read_results([], key)
+        score.read_results([], key)
 
 
 def break_metadata(text):
@@ -178,10 +177,10 @@ def test_what_cannot_be_built_is_named_and_nothing_is_written(folders, tmp_path,
     if damage:
         damage(synthetic)
     monkeypatch.chdir(tmp_path)
-    usual = ["study.py", "build", "--real", folders[0], "--synthetic", "synthetic", "--pairs", 4, "--out", "page.html"]
+    usual = ["study", "build", "--real", folders[0], "--synthetic", "synthetic", "--pairs", 4, "--out", "page.html"]
     monkeypatch.setattr(sys, "argv", list(map(str, [*usual, *arguments])))
     with pytest.raises(SystemExit) as stop:
-        cli.run(study.main)
+        cli.run(build.main)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and message in errors and len(errors.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
@@ -246,8 +245,8 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
     page.press("tab", "Dr. Ä <1>", "enter")
     assert page.title() == "First a little practice"
     page.press("tab", "enter")
-    for i in range(study.PRACTICE):
-        assert page.title() == f"Practice, {study.PRACTICE - i} to go" and page.shown() not in content["study"]["questions"]
+    for i in range(build.PRACTICE):
+        assert page.title() == f"Practice, {build.PRACTICE - i} to go" and page.shown() not in content["study"]["questions"]
         page.press("1", "enter")
     assert page.title() == "Practice is over"
     page.press("tab", "enter")
@@ -292,7 +291,7 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
         assert page["said"].text == ""                               # no feedback
     assert page.title() == "Thank you, that was all"
 
-    result = reading.read_result(page.download(), key)
+    result = score.read_result(page.download(), key)
     assert result["reader"] == "Dr. Ä <1>" and [(a["shown"], a["answer"]) for a in result["answers"]] == said
     assert [a["presentation"] for a in result["answers"]] == [1] * 4 + [2] * 4
     assert all(a["ms"] > 0 for a in result["answers"])
@@ -308,7 +307,7 @@ def test_single_images_by_mouse_from_the_first_click_to_the_score(folders, tmp_p
     page["reader"].send_keys("second")
     page["enter"].find_element("tag name", "button").click()
     page["continue"].click()
-    for _ in range(2 * study.PRACTICE):
+    for _ in range(2 * build.PRACTICE):
         page["choices"].find_elements("tag name", "label")[0].click()
         page["next"].click()
     page["continue"].click()
@@ -329,7 +328,7 @@ def test_single_images_by_mouse_from_the_first_click_to_the_score(folders, tmp_p
         page["choices"].find_elements("tag name", "label")[choice - 1].click()
         page["next"].click()
     file = page.download()
-    status, output, errors = command("study.py", "score", file, "--key", tmp_path / "page.key.json",
+    status, output, errors = command("study", "score", file, "--key", tmp_path / "page.key.json",
                                      "--out", tmp_path / "score")
     assert status == 0, errors
     row = json.loads((tmp_path / "score.json").read_text())["readers"][0]
@@ -387,7 +386,7 @@ def test_everything_has_a_name_and_fits_a_tablet(folders, tmp_path, browser):
 
 
 def test_power_of_a_plan(command, capsys):
-    status, output, errors = command("study.py", "power", "--readers", 3, "--pairs", 50, "--margin", 0.1)
+    status, output, errors = command("study", "power", "--readers", 3, "--pairs", 50, "--margin", 0.1)
     assert status == 0, errors
     numbers = [line.split() for line in output.splitlines() if re.match(r" +0\.\d", line)]
     rows = {accuracy: list(map(float, chances)) for accuracy, *chances in numbers}
@@ -396,7 +395,7 @@ def test_power_of_a_plan(command, capsys):
     assert rows["0.50"][1] <= 0.05 < 0.7 < rows["0.70"][1]
     together = np.array([rows[accuracy][2:] for accuracy in rows])
     assert (np.diff(together[:2], axis=1) < 0).all()                 # readers who agree are worth fewer
-    study.power(3, 50, 0.1, "single")
+    build.power(3, 50, 0.1, "single")
     double = capsys.readouterr().out
-    study.power(3, 100, 0.1, "pairs")
+    build.power(3, 100, 0.1, "pairs")
     assert double.splitlines()[2:] == capsys.readouterr().out.splitlines()[2:]

@@ -11,21 +11,20 @@ import numpy as np
 import phantom
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
-import checkpoint
 import data
-import fields
-import hub
-import loop
-import perceptual
-import raddino
 import radit
 import sample
 import train
 import vae
-from conftest import ROOT
-from cli import InputError
+from autoencoder.load import load_vae
+from common import hub
+from common.cli import InputError
+from encoders import perceptual, raddino
+from radiographs import fields
+from training import checkpoint
 
 
 def log_of(run):
@@ -33,23 +32,23 @@ def log_of(run):
 
 
 def test_each_epoch_sees_every_image_once_wherever_it_starts():
-    stream = loop.batches(10, 4, seed=3, seen=0)
+    stream = train.batches(10, 4, seed=3, seen=0)
     indices = sum((next(stream) for _ in range(10)), [])             # 40 images: four epochs, batches across their ends
     for epoch in range(4):
         assert sorted(indices[epoch * 10:epoch * 10 + 10]) == list(range(10))
     assert indices[:10] != indices[10:20]
-    resumed = loop.batches(10, 4, seed=3, seen=12)
+    resumed = train.batches(10, 4, seed=3, seen=12)
     assert sum((next(resumed) for _ in range(7)), []) == indices[12:]
-    assert next(loop.batches(10, 4, seed=4, seen=0)) != indices[:4]
+    assert next(train.batches(10, 4, seed=4, seen=0)) != indices[:4]
 
 
 def test_ema_against_the_recursion_by_hand():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     model.weight.data.fill_(1.0)
     ema.weight.data.fill_(0.0)
-    loop.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
+    train.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
     assert ema.weight.item() == pytest.approx(1 - 0.5 ** 0.5)
-    loop.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
+    train.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
     assert ema.weight.item() == pytest.approx(1.0)
 
 
@@ -127,9 +126,9 @@ class Tiny(torch.nn.Linear):
 
 def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
     """NaN in the sixth step, checkpoints every second: what is on disk is the state after four good steps."""
-    cfg = loop.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
+    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
     with pytest.raises(SystemExit, match="the last good state is .*run/checkpoints/16"):
-        loop.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+        train.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(4):
@@ -154,8 +153,8 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
             moved.append(model.weight[0, 0].item())
             return model.weight.sum(), {}
 
-    cfg = loop.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
-    loop.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    cfg = train.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
+    train.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     rates = [a - b for a, b in zip(moved, moved[1:])]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
 
@@ -169,13 +168,13 @@ def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path):
     assert taught[0]["loss"] == pytest.approx(
         taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"] + 250 * taught[0]["perceptual"], rel=1e-4)
     # What the log says of the held-out reconstructions, computed again from the saved weights.
-    model, judge = vae.load(tmp_path / "taught/weights/vae"), raddino.load_encoder(ROOT / "weights/demo/classifier")
+    model, judge = load_vae(tmp_path / "taught/weights/vae"), raddino.load_encoder(ROOT / "weights/demo/classifier")
     x = torch.stack(list(data.Radiographs([phantoms], "valid"))[::3][:64])                  # the images that train.py chose
     y = model.decode(model.encode(x)[0]).clamp(-1, 1)
     assert taught[-1]["held_out_psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.1)       # the weights are stored in bfloat16
     assert taught[-1]["held_out_perceptual"] == pytest.approx(perceptual.perceptual_loss(judge, x, y).mean().item(), rel=0.05)
     # Fréchet by another way: of centred features X, Y (n D) the trace of (S S')^1/2 is the nuclear norm of X Y^T / (n - 1).
-    a, b = (judge(perceptual.look(judge, z))[0].double() for z in (x, y))
+    a, b = (judge(perceptual.to_encoder_input(judge, z))[0].double() for z in (x, y))
     centred = [z - z.mean(0) for z in (a, b)]
     overlap = torch.linalg.matrix_norm(centred[0] @ centred[1].T, "nuc")
     spread = sum(z.square().sum() for z in centred) - 2 * overlap
@@ -193,7 +192,7 @@ def test_a_lora_is_trained_on_a_base(phantoms, tmp_path):
     assert (adapted / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     tensors = load_file(adapted / "lora.safetensors")
     assert f"{sum(t.numel() for t in tensors.values()):,} trained parameters" in output
-    before, after = vae.load(base), vae.load(adapted)
+    before, after = load_vae(base), load_vae(adapted)
     assert after.fingerprint == before.fingerprint
     for a, b in zip([*before.encoder.parameters(), *before.bn.buffers()], [*after.encoder.parameters(), *after.bn.buffers()]):
         assert torch.equal(a, b)
@@ -210,7 +209,7 @@ def test_loss_by_t_adds_up(phantoms):
     config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
                                datasets=(*fields.DATASETS, "phantom"))
     batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
-    draw = loop.Draw(torch.Generator().manual_seed(0), 64)
+    draw = train.Draw(torch.Generator().manual_seed(0), 64)
     loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, draw)
     sums, counts = terms["loss_by_t"]
     assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)

@@ -11,14 +11,15 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-import cli
 import data
-import hub
-import latents
-import raddino
-import radiograph
 import vae
-from perceptual import perceptual_loss
+from autoencoder import latents
+from autoencoder.load import copy_vae, load_vae
+from common import cli, hub
+from encoders import raddino
+from encoders.perceptual import perceptual_loss
+from radiographs import pixels
+from radiographs.index import COLUMNS, index_row
 from vae import RadVAE, VAEConfig
 
 SMALL = VAEConfig(channels=1, latent_channels=4, widths=(8, 16, 16, 16), layers=1, groups=4)
@@ -58,7 +59,7 @@ def flux2(tmp_path_factory):
 def test_equals_diffusers_flux2(flux2):
     """The same weights through encode, patchify, normalise and back, and grey images as three equal channels."""
     peer, folder = flux2
-    ours = vae.load(folder)
+    ours = load_vae(folder)
     tensors = safetensors.torch.load_file(folder / "vae/diffusion_pytorch_model.safetensors")
     assert len(tensors) == 251 and sum(p.numel() for p in ours.parameters()) == 84_046_115
     x = torch.rand(2, 1, 64, 48) * 2 - 1
@@ -128,7 +129,7 @@ def test_black_forest_labs_names_by_diffusers_own_converter(tmp_path):
     outside = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): theirs[name] for name in theirs}
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
     expected = utils.convert_ldm_vae_checkpoint(outside, config) | {k: v for k, v in theirs.items() if k.startswith("bn.")}
-    loaded = vae.load(tmp_path / "ae.safetensors").state_dict()      # no config: FLUX.2's size
+    loaded = load_vae(tmp_path / "ae.safetensors").state_dict()      # no config: FLUX.2's size
     assert len(theirs) == 251 and loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
@@ -155,11 +156,11 @@ def small_flux2(tmp_path):
     (lambda t: t.update({"quant_conv.bias": torch.zeros(8)}), "two tensors for quant_conv.bias")])
 def test_a_missing_extra_or_misshapen_tensor_is_named(small_flux2, change, message):
     folder, tensors = small_flux2
-    assert vae.load(folder).config == VAEConfig(3, 4, (8, 16), 1, 4)  # as it is, it loads
+    assert load_vae(folder).config == VAEConfig(3, 4, (8, 16), 1, 4)  # as it is, it loads
     change(tensors)
     safetensors.torch.save_file(tensors, folder / "ae.safetensors")
     with pytest.raises(cli.InputError, match=message):
-        vae.load(folder)
+        load_vae(folder)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -171,7 +172,7 @@ def test_another_config_is_refused(small_flux2, text, message):
     folder, _ = small_flux2
     (folder / "config.json").write_text(text)
     with pytest.raises(cli.InputError, match=message):
-        vae.load(folder)
+        load_vae(folder)
 
 
 def test_a_copy_keeps_the_fingerprint_whatever_the_file_was_called(small_flux2, tmp_path):
@@ -179,9 +180,9 @@ def test_a_copy_keeps_the_fingerprint_whatever_the_file_was_called(small_flux2, 
     (folder / "ae.safetensors").rename(folder / "flux2-vae.sft")
     for place in (folder, "nowhere"):
         with pytest.raises(cli.InputError, match="no VAE in it"):
-            vae.load(place)
-    vae.copy(folder / "flux2-vae.sft", tmp_path / "copy")
-    original, again = vae.load(folder / "flux2-vae.sft"), vae.load(tmp_path / "copy")
+            load_vae(place)
+    copy_vae(folder / "flux2-vae.sft", tmp_path / "copy")
+    original, again = load_vae(folder / "flux2-vae.sft"), load_vae(tmp_path / "copy")
     assert again.fingerprint == original.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(original.state_dict().values(), again.state_dict().values()))
 
@@ -272,9 +273,9 @@ def prepared(tmp_path):
     (root / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(5):
-        radiograph.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
-        rows.append(data.index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train", "dataset": "own"}))
-    cli.write_csv(root / "index.csv", data.COLUMNS, rows)
+        pixels.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
+        rows.append(index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train", "dataset": "own"}))
+    cli.write_csv(root / "index.csv", COLUMNS, rows)
     return root
 
 
@@ -282,7 +283,7 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     model = randomised(SMALL)
     hub.save_model(model, tmp_path / "vae")
     monkeypatch.setattr(latents, "SHARD", 2)
-    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents", batch=3)
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "latents", batch=3)
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
     cached, images = latents.Latents(tmp_path / "latents"), data.Radiographs([prepared])
     stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
@@ -293,7 +294,7 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
     # Finished shards are kept; latents of another VAE are refused, by both commands.
     (tmp_path / "latents/00001.safetensors").unlink()
     before = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "latents").glob("*.safetensors"))]
-    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents")
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "latents")
     after = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "latents").glob("*.safetensors"))]
     assert len(after) == 3 and [after[0], after[2]] == before
     hub.save_model(randomised(SMALL, seed=1), tmp_path / "vae")
@@ -301,7 +302,7 @@ def test_cached_latents_are_those_of_the_vae(tmp_path, prepared, command, monkey
                                 "--vae", tmp_path / "vae", "--size", "XS", "--out", tmp_path / "run")
     assert status == 2 and "another VAE" in errors and not (tmp_path / "run").exists()
     with pytest.raises(cli.InputError, match="latents of another VAE"):
-        latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents")
+        latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "latents")
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 3
 
 
@@ -309,9 +310,9 @@ def test_two_processes_share_the_shards(tmp_path, prepared, monkeypatch):
     """As torchrun starts them: together they write what one process writes, each its own shards."""
     hub.save_model(randomised(SMALL), tmp_path / "vae")
     monkeypatch.setattr(latents, "SHARD", 2)
-    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "one")
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "one")
     code = (f"import latents, vae, pathlib; latents.SHARD = 2; "
-            f"latents.encode([{str(prepared)!r}], vae.load({str(tmp_path / 'vae')!r}), pathlib.Path({str(tmp_path / 'two')!r}))")
+            f"latents.encode([{str(prepared)!r}], load_vae({str(tmp_path / 'vae')!r}), pathlib.Path({str(tmp_path / 'two')!r}))")
     second, first = (subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
                      for rank in "10")
     assert first.wait() == second.wait() == 0
@@ -322,7 +323,7 @@ def test_two_processes_share_the_shards(tmp_path, prepared, monkeypatch):
 
 def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepared, command):
     hub.save_model(randomised(SMALL), tmp_path / "vae")
-    model = vae.load(tmp_path / "vae")
+    model = load_vae(tmp_path / "vae")
     latents.encode([prepared], model, tmp_path / "latents")
     index, image = prepared / "index.csv", prepared / "images/2.png"
     text, content = index.read_text(), image.read_bytes()
@@ -333,7 +334,7 @@ def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepare
         with pytest.raises(cli.InputError, match=what):
             latents.Latents(tmp_path / "latents").check(data.Radiographs([prepared], "train"))
 
-    radiograph.save_image(-radiograph.load_image(image), image)
+    pixels.save_image(-pixels.load_image(image), image)
     refused("images of five, train are not those that were encoded")
     latents.Latents(tmp_path / "latents").check(data.Radiographs([prepared], "valid"))  # which did not change
     status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", tmp_path / "latents",
@@ -351,7 +352,7 @@ def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepare
     with pytest.raises(cli.InputError, match="files that are not these latents"):
         latents.encode([prepared], model, tmp_path / "vae")
     (tmp_path / "latents/latents.json").write_text(json.dumps({"vae": model.fingerprint, "rows": []}))
-    with pytest.raises(cli.InputError, match="another version of vae.py"):
+    with pytest.raises(cli.InputError, match="another version of this code"):
         latents.Latents(tmp_path / "latents")
 
 
@@ -368,12 +369,12 @@ def test_the_stamp_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
 
 def test_versions_of_training_images_are_jittered(tmp_path, prepared):
     hub.save_model(randomised(SMALL), tmp_path / "vae")
-    latents.encode([prepared], vae.load(tmp_path / "vae"), tmp_path / "latents", versions=3)
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "latents", versions=3)
     cached, images = latents.Latents(tmp_path / "latents"), data.Radiographs([prepared])
     assert cached.rows["five/images/1.png"] == [3, 4, 5] and cached.rows["five/images/4.png"] == [12]  # 4 is held out
     stored = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae")
     assert torch.allclose(cached[3][0], stored.encode(images[1][None])[0][0], atol=5e-3)
-    moved = radiograph.jitter(images[1][None], torch.Generator().manual_seed(5))
+    moved = pixels.jitter(images[1][None], torch.Generator().manual_seed(5))
     assert torch.allclose(cached[5][0], stored.encode(moved)[0][0], atol=5e-3)
     assert (cached[3][0] - cached[5][0]).abs().mean() > 0.01
 
@@ -383,10 +384,10 @@ def test_evaluate_averages_the_held_out_images(tmp_path, prepared, command):
     model, images = hub.load_model(RadVAE, VAEConfig, tmp_path / "vae"), data.Radiographs([prepared], "train")
     x = torch.stack([images[i] for i in range(4)])
     y = model.decode(model.encode(x)[0]).clamp(-1, 1)
-    status, output, _ = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train")
+    status, output, _ = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train")
     assert status == 0 and f"4 images of the split train: PSNR {vae.psnr(x, y).mean():.2f} dB" in output
     judge = raddino.load_encoder(ROOT / "weights/demo/classifier")
-    status, output, _ = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train", "--encoder", ROOT / "weights/demo/classifier")
+    status, output, _ = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train", "--encoder", ROOT / "weights/demo/classifier")
     assert status == 0 and f"perceptual distance {perceptual_loss(judge, x, y).mean():.3g} (" in output
-    status, _, errors = command("vae.py", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "test")
+    status, _, errors = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "test")
     assert status == 2 and "no image in the split test" in errors

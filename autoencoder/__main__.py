@@ -1,0 +1,45 @@
+"""Cached latents of prepared sources, and what an autoencoder loses.
+
+    python -m autoencoder encode PREPARED... --vae VAE --out LATENTS
+    python -m autoencoder evaluate PREPARED... --vae VAE             VAE: a folder, or black-forest-labs/FLUX.2-klein-4B
+"""
+import argparse
+from pathlib import Path
+
+import data
+from autoencoder import latents
+from autoencoder.load import load_vae
+from common import cli
+from encoders import raddino
+from radiographs.index import SPLITS
+
+
+def main():
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
+                       ("evaluate", "print what is lost in reconstructed images")):
+        p = commands.add_parser(name, help=text)
+        p.add_argument("data", nargs="+", type=Path, help="prepared sources")
+        p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
+    commands.choices["encode"].add_argument("--out", type=Path, required=True)
+    commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
+                                            help="rows of a training image: itself and slightly moved copies, for small data sets")
+    commands.choices["evaluate"].add_argument("--split", choices=SPLITS, default="test")
+    commands.choices["evaluate"].add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: "
+                                              "the perceptual distance and the Fréchet distance too")
+    args = parser.parse_args()
+    if args.command == "encode":
+        return latents.encode(args.data, load_vae(args.vae), args.out, args.versions)
+    encoder = raddino.load_encoder(args.encoder) if args.encoder else None
+    scores = latents.evaluate(load_vae(args.vae), data.Radiographs(args.data, args.split), encoder)
+    decibel, similarity = scores["psnr"], scores["ssim"]
+    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
+          f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")
+    if encoder:
+        print(f"through {args.encoder}: perceptual distance {scores['perceptual'].mean():.3g} "
+              f"({scores['perceptual'].std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

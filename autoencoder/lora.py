@@ -1,0 +1,111 @@
+"""LoRA: adapters of low rank that fine-tune the decoder of a VAE and leave everything else as it is, bit for bit.
+
+    W' = W + alpha / r  B A        W (c_out, c_in, k, k) frozen, A (r, c_in, k, k), B (c_out, r); k = 1 for projections
+
+Source: Hu et al. 2021; for convolutions as in peft, where A is a k x k convolution to r channels and B a 1x1 one, which
+is the same map: A starts uniform, B at zero, so that training starts at the base exactly. Adapted are all convolutions
+and projections of the decoder, none of its norms. Here W' itself is computed, once a forward pass, which is less work
+than two more convolutions at every pixel.
+The encoder and the running statistics stay, so latents cached with the base stay valid with any adapters.
+On disk: lora.safetensors (A and B, bfloat16) and lora.json (rank, alpha, the fingerprint of the base), beside the base.
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from common import cli, hub
+
+
+class Adapter(nn.Module):
+    """Stands between a layer and its weight (torch's parametrize): the layer sees W', W is never written to."""
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.rank, self.alpha = rank, alpha
+        self.A = nn.Parameter(weight.new_empty(rank, *weight.shape[1:]))
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, weight):                                       # c_out c_in (k k)
+        return weight + self.alpha / self.rank * (self.B @ self.A.flatten(1)).view_as(weight)
+
+
+def layers(model):
+    """(name, layer) of all that can be adapted."""
+    return [(name, layer) for name, layer in model.decoder.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def adapters(model):
+    """name -> Adapter."""
+    return {name: layer.parametrizations.weight[0] for name, layer in layers(model) if parametrize.is_parametrized(layer)}
+
+
+def add(model, rank, alpha):
+    """Freezes the model and adapts its decoder; model.parameters() with requires_grad are then A and B."""
+    if adapters(model) or getattr(model, "merged", False):
+        raise cli.InputError("this VAE has adapters already; new ones start from its base")
+    model.requires_grad_(False)
+    model.bn.track_running_stats = False  # model.train() would move the statistics that cached latents are normalised by
+    for _, layer in layers(model):
+        parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, rank, alpha))
+
+
+def merge(model):
+    """Writes W' into the layers, which are ordinary ones again; returns what unmerge needs, (W, adapter) of each layer."""
+    replaced = {}
+    for name, adapter in adapters(model).items():
+        layer = model.decoder.get_submodule(name)
+        replaced[name] = layer.parametrizations.weight.original.clone(), adapter
+        parametrize.remove_parametrizations(layer, "weight")
+    model.merged = True
+    return replaced
+
+
+def unmerge(model, replaced):
+    """Undoes merge. W is put back, not computed as W' - BA, which would round."""
+    for name, (weight, adapter) in replaced.items():
+        layer = model.decoder.get_submodule(name)
+        layer.weight.data.copy_(weight)
+        parametrize.register_parametrization(layer, "weight", adapter)
+    model.merged = False
+
+
+def save(model, folder):
+    """Writes the adapters of a model whose base came from vae.load."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    every = adapters(model)
+    one = next(iter(every.values()))
+    tensors = {f"{name}.{key}": value for name, adapter in every.items() for key, value in adapter.state_dict().items()}
+    hub.save_tensors(tensors, folder / "lora.safetensors")
+    cli.write_json(folder / "lora.json", {"base": model.fingerprint, "rank": one.rank, "alpha": one.alpha})
+
+
+def load(model, folder):
+    """Adds the adapters in `folder` to their base, strictly."""
+    table, file = hub.find(folder, "lora.json"), hub.find(folder, "lora.safetensors")
+    if not table or not file:
+        raise cli.InputError(f"{folder}: adapters are two files, lora.json and lora.safetensors")
+    try:
+        about, tensors = json.loads(table.read_text()), safetensors.torch.load_file(file)
+        base, rank, alpha = about["base"], cli.positive(about["rank"]), float(about["alpha"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
+        raise cli.InputError(f"{folder}: lora.json or lora.safetensors is damaged: {type(error).__name__} {error}") from None
+    if base != model.fingerprint:
+        raise cli.InputError(f"{folder}: these adapters were trained on the base {base}, and this is {model.fingerprint}")
+    add(model, rank, alpha)
+    expected = {f"{name}.{key}": value
+                for name, adapter in adapters(model).items() for key, value in adapter.named_parameters()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
+            raise cli.InputError(f"{file}: {name} is missing, unknown or of another shape")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)

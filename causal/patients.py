@@ -1,0 +1,237 @@
+"""The causal model: patients drawn from an expert graph, changed by interventions, and what they would be otherwise.
+
+    sample           noise for every variable, then every mechanism, parents first
+    intervention     the mechanism of what is set is put aside: p(rest | do) is Pearl's truncated factorisation
+    counterfactual   abduct a row's noise, set what is intervened on, follow every descendant with its own noise
+
+graph.py holds the graph of 19 variables, mechanisms.py the flows and what happens to discrete and to unknown values.
+Source: arXiv 2606.19460; Monteiro et al. 2023 (composition, effectiveness, reversibility), Pearl 2009.
+
+Determined. No Finding follows from its parents: negative if one is positive, positive if all are negative, else unknown.
+
+    python -m causal graph --out graph.png
+    python -m causal fit PREPARED... --out MODEL [--graph MINE.json] [--without race] [--closed-world]
+    python -m causal sample MODEL -n 1000 --do cardiomegaly=positive --out patients.csv
+    python -m causal counterfactual MODEL ROWS.csv --do age=80 --out older.csv
+    python -m causal check MODEL PREPARED
+"""
+import itertools
+
+import torch
+
+from causal.graph import DETERMINED, FINDINGS, determined
+from causal.mechanisms import CHUNK, EDGE, YEARS, CausalConfig, CausalModel
+from common import hub
+from common.cli import InputError
+from radiographs import fields
+from radiographs.index import index_records
+
+# ---------------------------------------------------------------------------------------------------------
+# Records in and out
+
+def seeded(draw, count, seeds):
+    """One row a seed, the same in any batch."""
+    return torch.stack([draw(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
+
+
+def covered(model, name):
+    """The values of a variable that the training data held; of age the least and the greatest, in whole years."""
+    values = range(YEARS) if name == "age" else model.config.values(name)
+    held = [value for value, share in zip(values, model.config.shares[name]) if share]
+    return (held[0], held[-1]) if name == "age" else held
+
+
+def covers(model, name, value):
+    held = covered(model, name)
+    return held[0] - 0.5 <= value < held[1] + 0.5 if name == "age" else value in held
+
+
+def check_value(model, name, value):
+    """Refuses what the model can neither set nor abduct."""
+    if name == DETERMINED:
+        raise InputError("no_finding follows from the findings; intervene on those")
+    if name not in model.names:
+        raise InputError(f"{name} is no variable of this model; its variables are {', '.join(model.names)}")
+    if not covers(model, name, value):
+        values = " to ".join(map(str, covered(model, name))) if name == "age" else ", ".join(covered(model, name))
+        raise InputError(f"{name}={value} was not covered by the data of this model; covered: {values}")
+
+
+def to_places(model, records, seeds):
+    """Records (dicts of field -> value) as places (N, M). Where in its interval a discrete value lies is drawn from seeds,
+    one a record."""
+    for record in records:
+        for name in record.keys() & set(model.names):
+            check_value(model, name, record[name])
+    inside = seeded(torch.rand, len(model.names), (2 * seed for seed in seeds)) * (1 - 2 * EDGE) + EDGE
+    places = torch.full_like(inside, torch.nan)
+    for i, name in enumerate(model.names):
+        for row, record in enumerate(records):
+            if name in record:
+                value = record[name]
+                places[row, i] = value + 0.5 if name == "age" else model.config.values(name).index(value) + inside[row, i]
+    return places
+
+
+def to_records(model, places):
+    """Places (N, M) as records with No Finding, unknown fields absent. Ages are in years, from 0."""
+    records = []
+    for row in places.tolist():
+        record = {name: max(place - 0.5, 0.0) if name == "age" else model.config.values(name)[int(place)]
+                  for name, place in zip(model.names, row) if place == place}
+        records.append(record | determined(model.graph, record))
+    return records
+
+
+def to_do(model, do):
+    for name, value in do.items():
+        check_value(model, name, value)
+    return {name: 0.5 + (value if name == "age" else model.config.values(name).index(value)) for name, value in do.items()}
+
+
+def sample(model, n, do={}, seed=0):
+    """n whole patients as records, patient i from seed + i alone; do: field -> value, set by intervention for all, or a list
+    of n such dicts, one a patient, that set the same fields."""
+    noise = seeded(torch.randn, len(model.names), (2 * (seed + i) + 1 for i in range(n)))
+    if isinstance(do, dict):
+        return to_records(model, model.predict(noise, to_do(model, do)))
+    places = [to_do(model, one) for one in do]
+    return to_records(model, model.predict(noise, {name: noise.new_tensor([one[name] for one in places]) for name in places[0]}))
+
+
+def counterfactual(model, records, do, seed=0):
+    """The records as they would be under do. Unknown stays unknown; fields outside the model pass through.
+    No Finding changes only if a finding does. Record i is explained by seed + i; another seed, another explanation."""
+    factual = to_places(model, records, [seed + i for i in range(len(records))])
+    places = model.predict(model.abduct(factual), to_do(model, do), factual)
+    result = []
+    for old, new, same in zip(records, to_records(model, places), (places == factual).tolist()):
+        new = old | {name: new[name] for name, stays in zip(model.names, same) if not stays and name in new}
+        if any(old.get(name) != new.get(name) for name in model.graph.get(DETERMINED, ())):
+            new.pop(DETERMINED, None)
+            new |= determined(model.graph, new)
+        result.append(new)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What there is to fit
+
+CLASS_COLUMNS = ("age", *fields.CODED)
+
+
+def to_classes(records, datasets):
+    """Records as (N, 19) int16, columns as CLASS_COLUMNS: the number of each value, ages in whole years, -1 unknown."""
+    age, codes = fields.encode_metadata(records, datasets)
+    years = (age + 0.5).floor().nan_to_num(-1)                       # N
+    return torch.cat([years[:, None], codes - 1], 1).short()
+
+
+def read_classes(folders, closed_world=False):
+    """The rows of indices as classes (N, 19), their splits, and the names of the data sets."""
+    parts, splits, datasets = [], [], list(fields.DATASETS)
+    records = itertools.chain.from_iterable(map(index_records, folders))
+    while chunk := list(itertools.islice(records, CHUNK)):
+        if closed_world:
+            chunk = [close_world(record) for record in chunk]
+        datasets += sorted({record["dataset"] for record in chunk if "dataset" in record} - set(datasets))
+        parts.append(to_classes(chunk, datasets))
+        splits += [record["split"] for record in chunk]
+    if not parts:
+        raise InputError(f"{', '.join(map(str, folders))}: the index has no rows")
+    return torch.cat(parts), splits, datasets
+
+
+def close_world(record):
+    """The record with negatives for the findings that it does not mention, if it speaks of findings at all."""
+    if not record.keys() & {DETERMINED, *FINDINGS}:
+        return record
+    return fields.resolve_labels({name: "negative" for name in FINDINGS} | record)
+
+
+def count_shares(classes, config, names):
+    """Variable -> share of each value. Raises InputError if no row knows the variable."""
+    shares = {}
+    for name in names:
+        column = classes[:, CLASS_COLUMNS.index(name)].long()
+        count = torch.bincount(column[column >= 0], minlength=YEARS if name == "age" else len(config.values(name))).double()
+        if not count.sum():
+            raise InputError(f"no training row knows {name}: leave it out with --without {name}")
+        if name == "age":                                            # a year between others that nobody has: half a person
+            years = count.nonzero()
+            count[years.min():years.max() + 1].clamp_(min=0.5)
+        shares[name] = (count / count.sum()).tolist()
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checking
+
+def calibration(model, places):
+    """Per variable (name, rows that know it, mean log-likelihood by its marginal, the same by its mechanism, greatest
+    distance of the abducted noise's distribution function from that of N(0, 1))."""
+    noise, likelihood, table = model.abduct(places), model.likelihood(places), []
+    for i, name in enumerate(model.names):
+        known = ~places[:, i].isnan()
+        if n := int(known.sum()):
+            share = torch.tensor(model.config.shares[name], dtype=torch.float64)[places[known, i].long()]
+            u, k = torch.special.ndtr(noise[known, i]).sort().values, torch.arange(n)
+            distance = torch.maximum((k + 1) / n - u, u - k / n).max().item()    # Kolmogorov-Smirnov
+            table.append((name, n, share.clamp(1e-9).log().mean().item(), likelihood[known, i].mean().item(), distance))
+    return table
+
+
+def print_calibration(table):
+    print(f"{'variable':28}{'rows':>9}   log p, marginal   mechanism   noise from N(0, 1)")
+    for name, n, marginal, mechanism, distance in table:
+        print(f"{name:28}{n:9,}{marginal:18.4f}{mechanism:12.4f}{distance:21.4f}")
+
+
+def agreement(model, a, b, which):
+    """Of the places `which` (N M): equal discrete values, all discrete values, greatest difference of ages in years."""
+    age = torch.tensor([name == "age" for name in model.names])
+    equal = (a.floor() == b.floor())[which & ~age]
+    return int(equal.sum()), len(equal), max((a - b).abs()[which & age].tolist(), default=0.0)
+
+
+def check(model, places):
+    """{"composition", "reversibility": agreement(...), "effectiveness": (rows that show what was set, rows)}.
+
+    Composition: abduct, set nothing, predict everything. Reversibility: set each value of each variable that is a parent
+    (every tenth year), abduct anew from where that leads, set back, predict. Both keep the places inside the intervals."""
+    noise, known = model.abduct(places), ~places.isnan()
+    effective, back, before = [], [], []
+    for i, name in enumerate(model.names):
+        values = [k for k, share in enumerate(model.config.shares[name]) if share]
+        for k in values[::10 if name == "age" else 1]:
+            there = model.predict(noise, {name: k + 0.5}, places)
+            effective.append(there[:, i].floor() == k)
+            if rows := known[:, i].nonzero()[:, 0].tolist() if model.parent[:, i].any() else []:
+                home = model.predict(model.abduct(there[rows]), {name: places[rows, i]}, there[rows])
+                back.append(home), before.append(places[rows])
+    effective = torch.cat(effective)
+    back, before = (torch.cat(parts) if parts else places[:0] for parts in (back, before))
+    return {"composition": agreement(model, model.predict(noise), places, known),
+            "effectiveness": (int(effective.sum()), len(effective)),
+            "reversibility": agreement(model, back, before, ~before.isnan())}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands
+
+def load(folder):
+    return hub.load_model(CausalModel, CausalConfig, folder).double()
+
+
+def parse_do(items, model):
+    """["age=80", ...] -> {"age": 80.0, ...}; raises InputError for what the model cannot set."""
+    do = {}
+    for item in items:
+        if "=" not in item:
+            raise InputError(f"--do {item}: not of the form FIELD=VALUE, such as cardiomegaly=positive")
+        name, text = item.split("=", 1)
+        do[name] = fields.parse_value(name, text, model.config.datasets)
+        if do[name] is None:
+            raise InputError(f"--do {item}: an intervention sets a value, and unknown is none")
+        check_value(model, name, do[name])
+    return do

@@ -1,0 +1,35 @@
+"""The Rad-DINO perceptual loss: two images are alike if an encoder's tokens are, in every layer.
+
+    loss(x, y) = mean over layers l = 1 ... L, tokens and channels of (n(h_l(x)) - n(h_l(y)))²,  n(h) = h / max(|h|, 1e-6)
+
+Source: the DINO perceptual loss as the paper's Rad-VAE uses it; every token is scaled to length 1 on its own, so that the
+few tokens and channels with large values do not decide alone. A weight of about 250 goes with a Charbonnier loss of 1.
+Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (checkpointing), so that
+one layer's are held at a time.
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def to_encoder_input(encoder, images):
+    """Images (N, 1, H, W) in [-1, 1] as the encoder wants them, the sides resampled to whole patches: 512 becomes 518."""
+    sides = [max(1, round(side / encoder.config.patch)) * encoder.config.patch for side in images.shape[2:]]
+    if sides != list(images.shape[2:]):
+        images = F.interpolate(images, sides, mode="bicubic", antialias=True)
+    return encoder.normalise(images)                                 # N C H W
+
+
+def perceptual_loss(encoder, x, y):
+    """The distance of each reconstruction y from its original x, both (N, 1, H, W) in [-1, 1]: (N,)."""
+    with torch.no_grad():
+        target = encoder.embed(to_encoder_input(encoder, x))                     # N T D
+    tokens, distance = encoder.embed(to_encoder_input(encoder, y)), 0            # N T D
+    for block in encoder.blocks:
+        with torch.no_grad():
+            target = block(target)                                   # N T D
+        tokens = checkpoint(block, tokens, use_reentrant=False)      # N T D
+        with torch.autocast(tokens.device.type, enabled=False):      # squares of small differences: float32
+            difference = F.normalize(tokens.float(), dim=-1, eps=1e-6) - F.normalize(target.float(), dim=-1, eps=1e-6)
+            distance = distance + difference.square().mean((1, 2))   # N
+    return distance / len(encoder.blocks)

@@ -1,0 +1,166 @@
+"""The 19 metadata fields of a radiograph, their values, and the one policy for labels that do not agree.
+
+The paper (arXiv 2606.19460, CXR7-1M) describes every image by dataset, age, sex, race, view and the 14 CheXpert labels.
+
+Conventions. Metadata in memory: a dict of field -> value in which an unknown field is absent. In tensors: `age` (N,)
+float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown. Unknown is also what dropout
+and guidance use: there is one null a field.
+"""
+import math
+
+import torch
+
+from common.cli import InputError
+
+LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+          "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
+          "Fracture", "Support Devices")  # CheXpert's order
+MAX_AGE = 120  # years; ChestX-ray14's first release holds ages up to 414, which are typing errors
+
+
+def field_of(label):
+    return label.lower().replace(" ", "_")
+
+
+def drop_unknown(record):
+    """The record without what is unknown."""
+    return {key: value for key, value in record.items() if value is not None}
+
+
+DATASETS = ("MIMIC-CXR", "ReXGradient", "CheXpert-Plus", "PadChest", "ChestX-ray14", "BRAX", "VinDr-CXR")
+FINDINGS = {field_of(label): label for label in LABELS}  # field name -> column name
+
+# Every field but age, with its values; code k in a tensor is values[k - 1], and 0 is unknown.
+VALUES = {"dataset": DATASETS, "sex": ("female", "male"), "race": ("asian", "black", "white"),
+          "view": ("AP", "PA", "LATERAL"), **{field: ("negative", "positive") for field in FINDINGS}}
+FIELDS = ("dataset", "age", "sex", "race", "view", *FINDINGS)  # all 19, in the order of the model's embeddings
+CODED = tuple(field for field in FIELDS if field != "age")      # the columns of `codes`
+
+
+def parse_value(field, text, datasets=DATASETS):
+    """The value of `field` as memory holds it, from what a person or a table wrote; None if it says unknown.
+
+    Age: a float in years, 0 to 120. Other fields: one of VALUES[field] whatever the case ("F", "female").
+    Raises InputError, naming what is accepted.
+    """
+    if field not in FIELDS:
+        raise InputError(f"unknown field {field!r}; the fields are {', '.join(FIELDS)}")
+    text = str(text).strip()
+    if text.lower() in ("", "u", "unknown", "nan", "none"):
+        return None
+    if field == "age":
+        try:
+            age = float(text)
+        except ValueError:
+            age = math.nan
+        if not 0 <= age <= MAX_AGE:
+            raise InputError(f"age {text!r} is not a number of years from 0 to {MAX_AGE}")
+        return age
+    values = datasets if field == "dataset" else VALUES[field]
+    for value in values:
+        if text.lower() == value.lower() or (field == "sex" and text.lower() == value[0]):
+            return value
+    raise InputError(f"unknown value {text!r} for {field}; accepted: {', '.join(values)} or unknown")
+
+
+def parse_items(items, flag, datasets=DATASETS):
+    """["FIELD=VALUE", ...], as the option `flag` gives them, as a record."""
+    record = {}
+    for item in items:
+        if "=" not in item:
+            raise InputError(f"{flag} {item}: not of the form FIELD=VALUE, such as pneumonia=positive")
+        field, text = item.split("=", 1)
+        record[field] = parse_value(field, text, datasets)
+    return drop_unknown(record)
+
+
+def encode_metadata(records, datasets=DATASETS):
+    """Dicts of field -> value to tensors: age (N,) float32 with NaN unknown, codes (N, 18) int64 with 0 unknown."""
+    age = torch.tensor([record.get("age", math.nan) for record in records], dtype=torch.float32)
+    codes = torch.zeros(len(records), len(CODED), dtype=torch.long)
+    for row, record in enumerate(records):
+        for column, field in enumerate(CODED):
+            if field in record:
+                codes[row, column] = 1 + (datasets if field == "dataset" else VALUES[field]).index(record[field])
+    return age, codes
+
+
+def coverage(records):
+    """Which values the training data holds: {field: {value: count}}, and the least and greatest age."""
+    covered = {}
+    for field in CODED:
+        values = [record[field] for record in records if field in record]
+        if values:
+            covered[field] = {value: values.count(value) for value in sorted(set(values))}
+    ages = [record["age"] for record in records if "age" in record]
+    return covered | ({"age": [min(ages), max(ages)]} if ages else {})
+
+
+def why_not_covered(field, value, covered):
+    """Why the weights cannot be asked for field = value: the training data never held it. None if they can."""
+    if field not in covered:
+        return f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}"
+    if field == "age":
+        low, high = covered["age"]
+        return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+    if value not in covered[field]:
+        return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
+
+
+def check_covered(record, covered):
+    """Refuses a field or value that the training data never held."""
+    for item in record.items():
+        if reason := why_not_covered(*item, covered):
+            raise InputError(reason)
+
+
+def only_covered(records, covered):
+    """The records without what the training data never held, which the model can only be asked for as unknown."""
+    return [{field: value for field, value in record.items() if not why_not_covered(field, value, covered)} for record in records]
+
+
+# A consolidated lung is opaque and a large heart widens the mediastinum: CheXpert's labels are a tree with two parents.
+PARENTS = {"lung_opacity": ("edema", "consolidation", "pneumonia", "atelectasis"),
+           "enlarged_cardiomediastinum": ("cardiomegaly",)}
+
+
+def resolve_labels(record):
+    """The one policy for labels that do not agree or are not said, applied to the records of every source's own tables.
+
+    1. Uncertain and blank are unknown: the sources leave them out.
+    2. A positive finding overrules No Finding, which becomes negative. Devices are no finding.
+    3. A positive No Finding makes every finding that is still unknown negative; support devices stay as they are.
+    4. A negative parent beside a positive child contradicts it and becomes unknown: readers who say consolidation often
+       do not say opacity too. It does not become positive; a parent follows from its child only where a source's table
+       says so.
+
+    CXR7-1M itself does without 2 and 3: of its 601,540 images with No Finding it knows Atelectasis to be negative in
+    1,875. An index made here therefore says more than the paper's.
+    """
+    findings = [field for field in FINDINGS if field not in ("no_finding", "support_devices")]
+    if any(record.get(field) == "positive" for field in findings):
+        record = record | {"no_finding": "negative"}
+    elif record.get("no_finding") == "positive":
+        record = {field: "negative" for field in findings} | record
+    doubtful = [parent for parent, children in PARENTS.items() if record.get(parent) == "negative"
+                and any(record.get(child) == "positive" for child in children)]
+    return {field: value for field, value in record.items() if field not in doubtful}
+
+
+GROUPS = ("sex", "age", "race", "view", "dataset", "label")
+AGE_BANDS = ((0, 17), (18, 39), (40, 59), (60, 79), (80, MAX_AGE))  # years, both ends included
+
+
+def groups_of(record, kinds):
+    """The subgroups that a record is in, as "kind=value": of sex, race, view or dataset; of age, in bands; of label, one
+    for each positive finding."""
+    groups = []
+    for kind in kinds:
+        if kind == "label":
+            groups += [f"{field}=positive" for field in FINDINGS if record.get(field) == "positive"]
+        elif kind == "age" and "age" in record:
+            first, last = next(band for band in AGE_BANDS if record["age"] < band[1] + 1)
+            groups.append(f"age={first}-{last}")
+        elif kind in record:
+            groups.append(f"{kind}={record[kind]}")
+    return groups
