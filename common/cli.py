@@ -1,12 +1,20 @@
-"""What every command here shares: errors in one line, files whole or not at all, the device."""
+"""What every command here shares: errors in one line, files whole or not at all, folders locked while they are filled, the
+device.
+
+Exit status: 0 when something was done, 2 for bad usage (InputError), 1 for a run that failed (RunError, or a full disk).
+"""
 import argparse
+import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
+import stat
 import sys
 from pathlib import Path
 
+import safetensors
 import torch
 
 
@@ -14,14 +22,18 @@ class InputError(ValueError):
     """Something the user can mend: one line that names what is wrong and what is accepted."""
 
 
+class RunError(RuntimeError):
+    """The input is well-formed, but nothing could be done with it, or the work broke off: one line."""
+
+
 def run(main):
-    """Calls main(); what a user can cause becomes one line on stderr and exit status 2, without a traceback."""
+    """Calls main(); what a user can cause becomes one line on stderr and an exit status, without a traceback."""
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, RunError, OSError, safetensors.SafetensorError) as error:
         text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -31,19 +43,67 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(text):
-    """An argparse type."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return number
+# ---------------------------------------------------------------------------------------------------------
+# Values of options: argparse types whose message says what is accepted
+
+def integer(low, high):
+    """A whole number from low to high, in ASCII digits: int() would also take 1_0, and the digits of other scripts."""
+    def parse(text):
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdecimal() and len(digits) < 20 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
+        return int(text)
+    return parse
+
+
+def number(low, high):
+    """A finite number from low to high."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+positive = integer(1, 10 ** 9)
+
+
+def new_path(text):
+    """A path to write to. An empty one would silently be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; name a file or folder")
+    return Path(text)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: read with errors that name them, written whole or not at all
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A temporary name to write to, which becomes `path` when the block ends without an error, and goes otherwise. Makes the
+    folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
+        raise InputError(f"{path}: neither a new name nor a regular file, so it is not written over")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link too
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Writes to a temporary name, then renames."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path, value):
@@ -59,13 +119,41 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(path, header, rows):
-    """Writes to a temporary name, then renames: a reader finds the whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(temporary, path)
+def read_json(path, kind=dict):
+    """The value of a JSON file, a `kind`; raises InputError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of 5,000 digits
+        raise InputError(f"{path}: not JSON: {str(error)[:200]}") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: holds {type(value).__name__} where {kind.__name__} is expected")
+    return value
 
+
+def write_csv(path, header, rows):
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes `folder` and holds it for this process: two commands that filled one folder would mix their files. The system
+    releases the lock when the process ends, however it ends. No file is left behind: the folder itself is locked."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"{folder}: another command is filling this folder; wait for it, or name another folder") from None
+    try:
+        yield folder
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 def pick_device():
     """The device of this process (under torchrun each has a GPU of its own), and whether it multiplies bfloat16 matrices faster
@@ -74,8 +162,12 @@ def pick_device():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available():  # Apple's GPUs, in float32; not tested here
+        device = torch.device("mps")
     return device, fast_bf16(device)
 
 
 def fast_bf16(device):
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 or V100 would only emulate it
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
