@@ -2,12 +2,12 @@
 
     condition c = time(t) + sum over the 19 fields of embedding(field), as in radit.py
     block     h = conv(silu(norm(x)));  x = shortcut(x) + conv(silu(norm(h) (1 + scale) + shift))
-              (shift, scale) = linear(silu(c)); the last convolution is zero at the start, so a block starts as its shortcut
-    network   `blocks` blocks a level on the way down, a convolution of stride 2 between levels, and one block more a level
-              on the way up, each of which also sees what the way down gave at this place
+              (shift, scale) = linear(silu(c)); the last convolution starts at zero, so a block starts as its shortcut
+    network   `blocks` blocks a level on the way down, a convolution of stride 2 between levels, and one block more
+              a level on the way up, each of which also sees what the way down gave at this place
 
-Self-attention over all cells follows the blocks of the coarse levels. The paper (arXiv 2606.19460) names the baseline, 0.5B
-parameters on latents and 0.3B on pixels, and not its structure: this one is ADM's, and the sizes are ours.
+Self-attention over all cells follows the blocks of the coarse levels. The paper (arXiv 2606.19460) names the baseline,
+0.5B parameters on latents and 0.3B on pixels, but not its structure: this one is ADM's, and the sizes are ours.
 Sources: Ronneberger et al. 2015 (U-Net), Dhariwal and Nichol 2021 (ADM: adaptive group normalisation, attention).
 Shapes: N images, C channels, H x W cells, D width of the condition, w channels of a level, h x w cells of a level.
 
@@ -112,7 +112,7 @@ class RadUNet(nn.Module):
             for _ in range(config.blocks):
                 self.down.append(Block(width, w, D, attends[level]))
                 width = w
-                skips.append(w)                                      # what the way up will see again, last in, first out
+                skips.append(w)                                      # the way up sees them again, last in, first out
             if level < len(widths) - 1:
                 self.downsample.append(nn.Conv2d(w, w, 3, stride=2, padding=1))
                 skips.append(w)
@@ -186,9 +186,9 @@ def main():
         pixels = name == "M"
         shape = {"channels": 1, "grid": (512, 512), "patch": 8} if pixels else {}
         config = RadUNetConfig(width=width, multiples=multiples, blocks=blocks, attending=attending, **shape)
-        print(f"{name:3} width {width:4} multiples {multiples} blocks {blocks}: {count_parameters(config) / 1e6:7.1f} M "
-              f"parameters, {3 * count_flops(config) / 1e12:6.2f} TFLOPs to train one image of "
-              f"{'512x512 pixels' if pixels else '32x32 latent cells'}")
+        print(f"{name:3} width {width:4} multiples {multiples} blocks {blocks}: "
+              f"{count_parameters(config) / 1e6:7.1f} M parameters, {3 * count_flops(config) / 1e12:6.2f} TFLOPs to train "
+              f"one image of {'512x512 pixels' if pixels else '32x32 latent cells'}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def test_a_block_is_the_equation():
     torch.nn.init.ones_(block.attention.q_norm.weight)
     torch.nn.init.ones_(block.attention.k_norm.weight)
     x, c = torch.randn(2, 64, 4, 6).double(), torch.randn(2, 32).double()
-    h = F.conv2d(F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias)), block.conv1.weight, block.conv1.bias, padding=1)
+    h = F.silu(F.group_norm(x, 32, block.norm1.weight, block.norm1.bias))
+    h = F.conv2d(h, block.conv1.weight, block.conv1.bias, padding=1)
     modulation = c @ block.modulation.weight.T + block.modulation.bias
     shift, scale = modulation[:, :128, None, None], modulation[:, 128:, None, None]
     h = F.conv2d(F.silu(F.group_norm(h, 32) * (1 + scale) + shift), block.conv2.weight, block.conv2.bias, padding=1)
@@ -79,8 +80,9 @@ def test_a_block_is_the_equation():
     heads = []
     for part in range(2):
         channels = slice(64 * part, 64 * part + 64)
-        unit = [side[..., channels] / (side[..., channels].square().mean(-1, keepdim=True) + 1e-6).sqrt() for side in (q, k)]
-        heads.append((unit[0] @ unit[1].mT / 8).softmax(-1) @ v[..., channels])
+        a1, a2 = (side[..., channels] for side in (q, k))
+        a1, a2 = (side / (side.square().mean(-1, keepdim=True) + 1e-6).sqrt() for side in (a1, a2))  # RMSNorm
+        heads.append((a1 @ a2.mT / 8).softmax(-1) @ v[..., channels])
     out = torch.cat(heads, -1) @ a.out.weight[:, :, 0, 0].T + a.out.bias
     expected = h + out.mT.reshape(h.shape)
     assert torch.allclose(block(x, c), expected, atol=1e-10)
@@ -108,7 +110,7 @@ def test_a_residual_block_equals_diffusers():
 
 @pytest.mark.parametrize("patch, multiples, blocks", [(1, (1, 2), 2), (2, (1, 2, 2), 1), (4, (1,), 3)])
 def test_any_structure_keeps_the_shape(patch, multiples, blocks):
-    config = RadUNetConfig(channels=2, grid=(16, 32), patch=patch, width=64, multiples=multiples, blocks=blocks, attending=1)
+    config = RadUNetConfig(channels=2, grid=(16, 32), patch=patch, width=64, multiples=multiples, blocks=blocks)
     with torch.device("meta"):
         model = RadUNet(config)
         out = model(torch.zeros(2, 2, 16, 32), torch.zeros(2), torch.zeros(2), torch.zeros(2, 18, dtype=torch.long))
@@ -118,7 +120,8 @@ def test_any_structure_keeps_the_shape(patch, multiples, blocks):
 
 def test_a_pixel_grid_is_cut_into_patches_at_their_place():
     """With convolutions of 1x1 influence only, a patch of the output depends on no other patch of the input."""
-    model = RadUNet(RadUNetConfig(channels=1, grid=(16, 16), patch=4, width=64, multiples=(1,), blocks=1, attending=0)).double()
+    config = RadUNetConfig(channels=1, grid=(16, 16), patch=4, width=64, multiples=(1,), blocks=1, attending=0)
+    model = RadUNet(config).double()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -126,7 +129,7 @@ def test_a_pixel_grid_is_cut_into_patches_at_their_place():
             centre = torch.zeros_like(parameter)
             centre[:, :, 1, 1] = parameter.detach()[:, :, 1, 1]
             parameter.data.copy_(centre)
-    for module in model.modules():                                   # statistics over the image would couple the patches
+    for module in model.modules():                                   # statistics over the image would couple patches
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda x: x
         if isinstance(module, radunet.Attention):
@@ -161,8 +164,9 @@ def test_flops_are_those_of_the_convolutions():
     assert radunet.count_flops(config) == embedding + conv(4, w) + block + middle + 2 * wide + conv(w, 4)
 
 
-@pytest.mark.parametrize("changes, message", [({"width": 100}, "width 100 is not a multiple of 64"), ({"width": 0}, "width 0"),
-                                              ({"grid": (8, 7)}, "not a multiple of 2"), ({"patch": 0}, "patches of 0")])
+@pytest.mark.parametrize("changes, message", [
+    ({"width": 100}, "width 100 is not a multiple of 64"), ({"width": 0}, "width 0"),
+    ({"grid": (8, 7)}, "not a multiple of 2"), ({"patch": 0}, "patches of 0")])
 def test_a_wrong_structure_is_named(changes, message):
     with pytest.raises(InputError, match=message):
         RadUNetConfig(**SMALL | changes)
