@@ -148,15 +148,33 @@ def save_image(image, path, text=None):
     os.replace(f"{path}.tmp", path)
 
 
+def content(images):
+    """The box around what is not black, for images (N, 1, H, W): centre and half-size (N, 2) each, x before y, in units
+    in which the whole picture runs from -1 to 1. A letterboxed radiograph fills a part of its square only."""
+    seen = images[:, 0] > -0.94                                      # N H W: eight grey levels above black
+    ends = []
+    for line in (seen.any(1), seen.any(2)):                          # N W columns, then N H rows
+        line = line | ~line.any(1, keepdim=True)                     # a black picture: all of it
+        first = line.float().argmax(1)                               # N
+        last = line.shape[1] - line.flip(1).float().argmax(1)        # N, one past the end
+        ends.append(torch.stack([first, last]) * 2 / line.shape[1] - 1)  # 2 N
+    low, high = torch.stack(ends, -1)                                # N 2 each
+    return (low + high) / 2, (high - low) / 2
+
+
 def jitter(images, generator):
-    """Images (N, 1, H, W) as a slightly different exposure would show them: up to 12 % closer, moved by no more than
-    that leaves room for, tilted by up to 3 degrees, brighter or darker by a gamma of up to 1.2. Never flipped."""
-    zoom, tilt, x, y, gamma = (torch.rand(5, len(images), generator=generator, device=images.device) * 2 - 1)  # N each, in [-1, 1]
-    zoom, tilt = 1.06 + 0.06 * zoom, math.radians(3) * tilt
-    room = 1 - 1 / zoom                                              # half of what the zoom leaves out, in half images
-    affine = torch.stack([torch.stack([tilt.cos() / zoom, -tilt.sin() / zoom, x * room], -1),
-                          torch.stack([tilt.sin() / zoom, tilt.cos() / zoom, y * room], -1)], 1)  # N 2 3
-    points = F.affine_grid(affine, images.shape, align_corners=False)
+    """Images (N, 1, H, W) as a slightly different exposure would show them: up to 12 % closer, seen through the same
+    frame, darker or brighter by a gamma of up to 1.2. Never flipped or tilted, and never beyond the radiograph's own
+    edge: black borders stay where they are, so that a model trained on such images does not learn moved ones."""
+    zoom, x, y, gamma = torch.rand(4, len(images), generator=generator, device=images.device) * 2 - 1  # N each
+    keep = 1 / (1.06 + 0.06 * zoom)[:, None]                         # N 1: the share of each side that stays in view
+    centre, half = content(images)                                   # N 2 each
+    move = torch.stack([x, y], 1) * (1 - keep) * half                # N 2: as far as the view stays inside
+    whole = torch.eye(2, 3, device=images.device).expand(len(images), -1, -1)
+    points = F.affine_grid(whole, images.shape, align_corners=False)  # N H W 2
+    centre, half, move, keep = (a[:, None, None] for a in (centre, half, move, keep))
+    inside = ((points - centre).abs() <= half).all(-1, keepdim=True)  # N H W 1
+    points = torch.where(inside, centre + move + (points - centre) * keep, points)
     moved = F.grid_sample(images, points, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
     return ((moved + 1) / 2) ** (1.2 ** gamma).view(-1, 1, 1, 1) * 2 - 1
 

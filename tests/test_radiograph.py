@@ -75,16 +75,30 @@ def test_grid_by_hand():
 def test_jitter_moves_a_little_and_never_flips():
     """A bright spot on the left, above the middle: it stays within the promised distance, on its side."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
-    image = (2 * torch.exp(-((x + 0.6) ** 2 + (y + 0.3) ** 2) / 0.02) - 1).expand(200, 1, 128, 128)
+    image = (2 * torch.exp(-((x + 0.6) ** 2 + (y + 0.3) ** 2) / 0.02) - 0.9).clamp(-1, 1).expand(200, 1, 128, 128)
     moved = pixels.jitter(image, torch.Generator().manual_seed(0))
     assert moved.min() >= -1 and moved.max() <= 1
-    weight = ((moved + 1) / 2) ** 4
+    weight = (((moved + 1) / 2) ** 4).clamp(min=1e-3) - 1e-3
     place = torch.stack([(weight * axis).sum((1, 2, 3)) / weight.sum((1, 2, 3)) for axis in (x, y)], 1)
     distance = (place - torch.tensor([-0.6, -0.3])).norm(dim=1)
-    # 12 % closer and 0.12 of room along each axis: at most 0.12 * (1 + 0.6), 0.12 * (1 + 0.3); the tilt adds 0.05 * 0.67
-    assert 0.03 < distance.mean() and distance.max() < (0.19 ** 2 + 0.16 ** 2) ** 0.5 + 0.05
+    # 12 % closer and 0.12 of room along each axis: at most 0.12 * (1 + 0.6), 0.12 * (1 + 0.3)
+    assert 0.03 < distance.mean() and distance.max() < (0.19 ** 2 + 0.16 ** 2) ** 0.5 + 0.02
     assert place[:, 0].max() < -0.3
     assert torch.equal(moved, pixels.jitter(image, torch.Generator().manual_seed(0)))
+
+
+def test_jitter_leaves_black_borders_where_they_are():
+    """A letterboxed picture: its borders stay black, its edge rows stay lit, whatever is moved inside."""
+    image = torch.full((100, 1, 64, 64), -1.0)
+    image[:, :, 10:50, 4:60] = torch.rand(40, 56, generator=torch.Generator().manual_seed(0)) * 0.5
+    moved = pixels.jitter(image, torch.Generator().manual_seed(1))
+    lit = moved[:, 0] > -0.9
+    assert (lit == (image[:, 0] > -0.9)).all()
+    assert (moved - image).abs().mean() > 0.05
+    centre, half = pixels.content(image[:1])
+    assert centre[0].tolist() == [0.0, -4 / 64] and half[0].tolist() == [56 / 64, 40 / 64]
+    black = torch.full((1, 1, 8, 8), -1.0)
+    assert torch.allclose(pixels.jitter(black, torch.Generator().manual_seed(0)), black)
 
 
 # --- DICOM ----------------------------------------------------------------------------------------------
