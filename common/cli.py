@@ -32,15 +32,22 @@ def run(main):
         main()
     except (InputError, RunError, OSError, safetensors.SafetensorError) as error:
         text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError)) else 1)
+        print(f"{program_name()}: error: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
+                                      FileExistsError)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def program_name():
+    """The command as it was given: sample.py, or python -m causal."""
+    file = Path(sys.argv[0])
+    return f"python -m {file.parent.name}" if file.name == "__main__.py" else file.name
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{program_name()}: error: {message}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,28 +1,61 @@
+import contextlib
 import http.server
+import importlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import loopback
 import phantom
+from common import cli
 
 
-@pytest.fixture
-def command():
-    """Runs `python FILE.py ARGUMENTS...` of the project, or `python -m FOLDER ARGUMENTS...`; returns (status, output, errors)."""
-    def call(name, *arguments, **options):
+class Command:
+    """Runs `python FILE.py ARGUMENTS...` of the project, or `python -m FOLDER ARGUMENTS...`; returns (status, output, errors).
+
+    Called directly it runs in this process, because starting Python and importing torch takes four seconds. Whatever
+    depends on a fresh process (environment variables read at import, signals, torchrun) is run by `command.subprocess`.
+    """
+    def __call__(self, name, *arguments, cwd=None):
+        module = importlib.import_module(name.removesuffix(".py") if name.endswith(".py") else f"{name}.__main__")
+        output, errors, status = io.StringIO(), io.StringIO(), 0
+        threads, random_state = torch.get_num_threads(), torch.random.get_rng_state()
+        before, sys.argv = sys.argv, list(map(str, [module.__file__, *arguments]))
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.chdir(cwd or os.getcwd()):
+                try:
+                    cli.run(module.main)
+                except SystemExit as stop:
+                    status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+                except Exception:  # as Python itself does: a traceback, and status 1
+                    traceback.print_exc()
+                    status = 1
+        finally:
+            sys.argv = before
+            torch.set_num_threads(threads)
+            torch.random.set_rng_state(random_state)
+        return status, output.getvalue(), errors.getvalue()
+
+    def subprocess(self, name, *arguments, env=None, **options):
         program = [ROOT / name] if name.endswith(".py") else ["-m", name]
         done = subprocess.run([sys.executable, *program, *map(str, arguments)], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+                              env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}), **options)
         return done.returncode, done.stdout, done.stderr
-    return call
+
+
+@pytest.fixture(scope="session")
+def command():
+    return Command()
 
 
 @pytest.fixture(scope="session")
