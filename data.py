@@ -32,7 +32,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from common.cli import InputError, Parser, positive, run, write_csv, write_json
-from radiographs import sources
+from radiographs import sources, tags
 from radiographs.fields import (FIELDS, FINDINGS, LABELS, VALUES, drop_unknown,
                                 resolve_labels)
 from radiographs.index import (COLUMNS, index_records, index_row, read_index,
@@ -52,7 +52,7 @@ def folder(root):
         return
     for path in sources.walk(root):
         relative = str(path.relative_to(root))
-        yield path, {"name": relative, "patient": relative, "dataset": root.resolve().name} | sources.dicom_tags(path)
+        yield path, {"name": relative, "patient": relative, "dataset": root.resolve().name} | tags.dicom_tags(path)
 
 
 SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sources.padchest, "nih": sources.nih,

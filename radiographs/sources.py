@@ -15,13 +15,11 @@ import fnmatch
 import gzip
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pydicom
-
-from radiographs.fields import LABELS, MAX_AGE, drop_unknown, field_of
+from radiographs.fields import LABELS, drop_unknown, field_of
+from radiographs.tags import age_of, dicom_tags, sex_of, view_of
 
 # ---------------------------------------------------------------------------------------------------------
 # Tables and files
@@ -66,34 +64,11 @@ def locate(folders, relative):
 # ---------------------------------------------------------------------------------------------------------
 # Spellings
 
-SEX = {"M": "male", "MALE": "male", "F": "female", "FEMALE": "female"}
-VIEW = {"AP": "AP", "ANTERO_POSTERIOR": "AP", "AP AXIAL": "AP", "AP LLD": "AP", "AP RLD": "AP", "AP_HORIZONTAL": "AP",
-        "PA": "PA", "POSTERO_ANTERIOR": "PA", "PA LLD": "PA", "PA RLD": "PA",
-        "LATERAL": "LATERAL", "LAT": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "L": "LATERAL"}
 def race_of(text):
     """Asian, black or white out of a free description ("ASIAN - CHINESE", "Black or African American"); else None."""
     for race in ("asian", "black", "white"):
         if race in (text or "").lower():
             return race
-
-
-def age_of(text):
-    """Years out of "57", "057Y" or "85 or more"; months, weeks and days as fractions; None if blank or above 120."""
-    if match := re.match(r"(\d{1,3})(?:\.0)?([YMWD]?)\b", (text or "").strip()):
-        years = int(match[1]) * {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
-        return years if years <= MAX_AGE else None
-
-
-def dicom_tags(path):
-    """Patient, sex, age and view out of a DICOM file's tags; nothing from a file that is not DICOM or is damaged, which
-    will be rejected when its pixels are read."""
-    try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True,
-                             specific_tags=["PatientID", "PatientSex", "PatientAge", "ViewPosition"])
-    except Exception:  # pydicom raises many kinds on a damaged header
-        return {}
-    return drop_unknown({"patient": str(ds.get("PatientID") or "") or None, "sex": SEX.get(str(ds.get("PatientSex"))),
-                    "age": age_of(str(ds.get("PatientAge") or "")), "view": VIEW.get(str(ds.get("ViewPosition")))})
 
 
 def chexpert_labels(row):
@@ -177,7 +152,7 @@ def nih(root):
         yield locate(folders, name), drop_unknown({
             "name": Path(name).stem, "patient": "NIH" + row["Patient ID"].zfill(8), "dataset": "ChestX-ray14",
             "split": "test" if name in test else None, "official": True, "age": age_of(row["Patient Age"]),
-            "sex": SEX.get(row["Patient Gender"]), "view": VIEW.get(row["View Position"]),
+            "sex": sex_of(row["Patient Gender"]), "view": view_of(row["View Position"]),
             "no_finding": "negative"} | positives(terms, NIH_TERMS))  # a term without a label is still a finding
 
 
@@ -192,7 +167,7 @@ def mimic(root):
               read_table(find_table(root, "mimic-cxr-2.0.0-chexbert.csv*", "mimic-cxr-2.0.0-chexpert.csv*"))}
     splits = {row["dicom_id"]: row["split"] for row in read_table(find_table(root, "mimic-cxr-2.0.0-split.csv*"))}
     # Years are shifted alike for one patient, so differences of years are true.
-    patients = {row["subject_id"]: (SEX.get(row["gender"]), int(row["anchor_age"]) - int(row["anchor_year"]))
+    patients = {row["subject_id"]: (sex_of(row["gender"]), int(row["anchor_age"]) - int(row["anchor_year"]))
                 for row in rows("patients.csv*")}
     races = defaultdict(Counter)                                     # a patient's admissions do not always agree
     for row in rows("admissions.csv*"):
@@ -206,7 +181,7 @@ def mimic(root):
             "split": {"train": "train", "validate": "valid", "test": "test"}[splits[dicom]], "sex": sex,
             "age": age_of(str(offset + int(row["StudyDate"][:4]))) if subject in patients else None,
             "race": max(races[subject], key=races[subject].get) if subject in races else None,
-            "view": VIEW.get(row["ViewPosition"])} | labels.get(study, {}))
+            "view": view_of(row["ViewPosition"])} | labels.get(study, {}))
 
 
 def chexpert(root):
@@ -224,8 +199,8 @@ def chexpert(root):
         yield file, drop_unknown({
             "name": path_name(path), "patient": "CXP" + row["deid_patient_id"], "dataset": "CheXpert-Plus",
             "split": {"train": "train", "valid": "valid", "test": "test"}.get(row["split"]), "age": age_of(row["age"]),
-            "sex": SEX.get(row["sex"].upper()), "race": race_of(row["race"]),
-            "view": "LATERAL" if row["frontal_lateral"] == "Lateral" else VIEW.get(row["ap_pa"])} | labels.get(path, {}))
+            "sex": sex_of(row["sex"]), "race": race_of(row["race"]),
+            "view": "LATERAL" if row["frontal_lateral"] == "Lateral" else view_of(row["ap_pa"])} | labels.get(path, {}))
 
 
 def chexpert_2019(root, folders):
@@ -235,8 +210,8 @@ def chexpert_2019(root, folders):
             path = row["Path"].split("/", 1)[1]                      # without the archive's name
             yield locate(folders, path), drop_unknown({
                 "name": path_name(path), "patient": "CXP" + path.split("/")[1], "dataset": "CheXpert-Plus", "split": split,
-                "age": age_of(row["Age"]) or None, "sex": SEX.get(row["Sex"].upper()),
-                "view": "LATERAL" if row["Frontal/Lateral"] == "Lateral" else VIEW.get(row["AP/PA"])} | chexpert_labels(row))
+                "age": age_of(row["Age"]) or None, "sex": sex_of(row["Sex"]),
+                "view": "LATERAL" if row["Frontal/Lateral"] == "Lateral" else view_of(row["AP/PA"])} | chexpert_labels(row))
 
 
 def path_name(path):
@@ -255,7 +230,7 @@ def padchest(root):
         yield locate(folders, row["ImageID"]), drop_unknown({
             "name": Path(row["ImageID"]).stem, "patient": "PAD" + row["PatientID"], "dataset": "PadChest",
             "age": age_of(str(int(years[0]) - int(years[1]))) if all(year.isdigit() for year in years) else None,
-            "sex": SEX.get(row["PatientSex_DICOM"]), "view": VIEW.get(row["Projection"].upper()),
+            "sex": sex_of(row["PatientSex_DICOM"]), "view": view_of(row["Projection"]),
             "reject_reason": f"labelled {reject_reason[0]}" if reject_reason else None} | findings | positives(terms, PADCHEST_TERMS))
 
 
@@ -269,8 +244,8 @@ def rexgradient(root):
                 path = path.removeprefix("../")
                 yield locate(folders, path), drop_unknown({
                     "name": path_name(path.removeprefix("deid_png/")), "patient": "REX" + study["PatientID"],
-                    "dataset": "ReXGradient", "split": split, "age": age_of(study["PatientAge"]), "sex": SEX.get(study["PatientSex"]),
-                    "view": VIEW.get((view or "").upper())})
+                    "dataset": "ReXGradient", "split": split, "age": age_of(study["PatientAge"]), "sex": sex_of(study["PatientSex"]),
+                    "view": view_of(view)})
 
 
 def brax(root):
@@ -280,7 +255,7 @@ def brax(root):
         path = row["PngPath"].removeprefix("images/")
         yield locate(folders, path), drop_unknown({
             "name": Path(path).stem, "patient": "BRAX" + row["PatientID"], "dataset": "BRAX",
-            "age": age_of(row["PatientAge"]), "sex": SEX.get(row["PatientSex"]), "view": VIEW.get(row["ViewPosition"])} | chexpert_labels(row))
+            "age": age_of(row["PatientAge"]), "sex": sex_of(row["PatientSex"]), "view": view_of(row["ViewPosition"])} | chexpert_labels(row))
 
 
 def vindr(root):

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from common import cli
 from common.cli import InputError
-from radiographs import dicom, fields, pixels, sources
+from radiographs import dicom, fields, pixels, tags
 from radiographs.index import (COLUMNS, SPLITS, index_row, read_index,
                                stable_split)
 
@@ -48,7 +48,7 @@ def test_other_values_are_refused_with_what_is_accepted(field, text, message):
 
 @pytest.mark.parametrize("text, years", [("057Y", 57), ("006M", 0.5), ("57", 57), ("", None), ("old", None), ("414Y", None), ("85 or more", 85), ("57.0", 57), ("002W", 14 / 365.25)])
 def test_ages(text, years):
-    assert sources.age_of(text) == years
+    assert tags.age_of(text) == years
 
 
 # --- sources --------------------------------------------------------------------------------------------

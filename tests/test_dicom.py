@@ -9,7 +9,7 @@ import torch
 from pydicom.pixels import apply_voi_lut
 
 import data
-from radiographs import dicom, fields, pixels, sources
+from radiographs import dicom, fields, pixels, tags
 from radiographs.index import read_index
 
 FINDINGS = dict.fromkeys(fields.FINDINGS, "positive")
@@ -62,7 +62,7 @@ def test_it_says_that_it_is_synthetic_and_invents_nobody(tmp_path):
 
 @pytest.mark.parametrize("years, text", [(0.0, "000M"), (0.25, "003M"), (1.99, "023M"), (2.0, "002Y"), (63.9, "063Y"), (120.0, "120Y")])
 def test_ages_as_dicom_writes_them(years, text):
-    assert dicom.age_string(years) == text and sources.age_of(text) <= years + 1e-6
+    assert dicom.age_string(years) == text and tags.age_of(text) <= years + 1e-6
 
 
 def test_the_same_again_is_the_same_file_and_anything_else_has_another_uid(tmp_path):
