@@ -32,6 +32,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from common.cli import InputError, Parser, positive, run, write_csv, write_json
+from common.tables import read_table
 from radiographs import sources, tags
 from radiographs.fields import (FIELDS, FINDINGS, LABELS, VALUES, drop_unknown,
                                 resolve_labels)
@@ -75,14 +76,15 @@ def pseudonymiser(out):
 def read_labels(path):
     """Image name -> labels, from a CSV with the 14 labels in CheXpert's coding and the column "name", as the source spells
     it: of the prepared image without suffix, for `folder` the path below the root."""
-    rows = list(sources.read_table(path))
+    rows = list(read_table(path))
     missing = {"name", *LABELS} - set(rows[0] if rows else ())
     if missing:
         raise InputError(f"{path}: no column {', '.join(sorted(missing))}; needed are name and the 14 labels")
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
         for label in LABELS:
             if row[label].strip().removesuffix(".0") not in ("1", "0", "-1", ""):
-                raise InputError(f"{path}, line {number}: {label} is {row[label]!r}; accepted: 1 positive, 0 negative, -1 or blank unknown")
+                raise InputError(f"{path}, line {row.line}: {label} is {row[label]!r}; "
+                                 "accepted: 1 positive, 0 negative, -1 or blank unknown")
     return {row["name"]: drop_unknown(sources.chexpert_labels(row)) for row in rows}
 
 
@@ -215,7 +217,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         os.replace(path, path.with_suffix(""))
     if source == "folder":
         name = pseudonymiser(out)
-        rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in sources.read_table(beside))
+        rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in read_table(beside))
         write_csv(out / "rejected.csv", ["path", "reason"], rows)
     write_json(out / "prepared.json", about)
     mark.unlink()

@@ -2,14 +2,13 @@
 
 A record is a dict of field -> value (fields.py) with `path`, `patient` and `split`; what is unknown is absent.
 """
-import csv
 import hashlib
 from pathlib import Path
 
 from common.cli import InputError
+from common.tables import read_table
 from radiographs.fields import (FIELDS, FINDINGS, LABELS, check_covered,
                                 drop_unknown, parse_value)
-from radiographs.sources import read_table
 
 COLUMNS = ("Dataset_name", "ImagePath", "PatientID", "Age", "Sex_name", "Race_name", "View_name", "Split", *LABELS)
 SPLITS = ("train", "valid", "test")
@@ -32,11 +31,11 @@ def index_records(root):
     if not table.exists():
         raise InputError(f"{root}: no index.csv, so this is not a prepared source (see python data.py prepare)")
     inside = root.resolve()
-    for number, row in enumerate(read_table(table), start=2):
+    for row in read_table(table):
         try:
             yield index_record(row, inside)
         except InputError as error:
-            raise InputError(f"{table}, line {number}: {error}") from None
+            raise InputError(f"{table}, line {row.line}: {error}") from None
 
 
 def index_record(row, root):
@@ -82,36 +81,31 @@ def read_rows(path, datasets, covered):
     fields, with `file` and `seed` as in the metadata.csv of a sample. Raises InputError naming row and column."""
     if not path.is_file():
         raise InputError(f"--metadata {path}: no such file")
-    try:
-        rows = list(read_table(path))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a table: {error}") from None
+    rows = list(read_table(path))
     if not rows:
         raise InputError(f"{path}: no rows; the first line names columns, every other describes an image")
     if "ImagePath" in rows[0]:
         records, seeds = [{field: row[field] for field in FIELDS if field in row} for row in index_records(path)], None
-    elif strange := set(rows[0]) - {None, "file", "seed", *FIELDS}:
+    elif strange := set(rows[0]) - {"file", "seed", *FIELDS}:
         raise InputError(f"{path}: unknown column {', '.join(sorted(map(str, strange)))}; accepted: seed, {', '.join(FIELDS)}, "
                          "or the columns of an index.csv")
     else:
         records, seeds = [], []
-        for number, row in enumerate(rows, start=2):
-            if None in row or None in row.values():
-                raise InputError(f"{path}, line {number}: not as many cells as the first line has columns")
+        for row in rows:
             record = {}
             for field in row.keys() & set(FIELDS):
                 try:
                     record[field] = parse_value(field, row[field], datasets)
                 except InputError as error:
-                    raise InputError(f"{path}, line {number}, column {field}: {error}") from None
+                    raise InputError(f"{path}, line {row.line}, column {field}: {error}") from None
             seed = row.get("seed", "").strip()
             if seed and not (seed.isdecimal() and int(seed) < 2 ** 62):
-                raise InputError(f"{path}, line {number}, column seed: {seed!r} is not a whole number from 0 to 2^62")
+                raise InputError(f"{path}, line {row.line}, column seed: {seed!r} is not a whole number from 0 to 2^62")
             records.append(drop_unknown({field: record[field] for field in FIELDS if field in record}))
             seeds.append(int(seed) if seed else None)
-    for number, record in enumerate(records, start=2):
+    for row, record in zip(rows, records):
         try:
             check_covered(record, covered)
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+            raise InputError(f"{path}, line {row.line}: {error}") from None
     return records, seeds or [None] * len(records)

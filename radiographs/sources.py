@@ -10,25 +10,18 @@ vocabularies are mapped by the tables below; a term that is absent from a list o
 follows from "No Finding" is one rule for all sources, `settle` in fields.py.
 """
 import ast
-import csv
 import fnmatch
-import gzip
 import json
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from common.tables import read_table
 from radiographs.fields import LABELS, drop_unknown, field_of
 from radiographs.tags import age_of, dicom_tags, sex_of, view_of
 
 # ---------------------------------------------------------------------------------------------------------
 # Tables and files
-
-def read_table(path):
-    """The rows of a .csv or .csv.gz as dicts, one at a time."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
-
 
 def find_table(root, *patterns):
     """The last table under root, by name, that matches one of the patterns; a later release sorts after an earlier."""

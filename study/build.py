@@ -30,7 +30,8 @@ from PIL import Image, UnidentifiedImageError
 
 from common import cli
 from common.cli import InputError
-from radiographs import fields, pixels, sources
+from common.tables import read_table
+from radiographs import fields, pixels
 from radiographs.index import index_records
 from study import agreement, score
 from study.score import digest
@@ -58,15 +59,15 @@ def read_synthetic(folders):
         table = root / "metadata.csv"
         if not table.exists():
             raise InputError(f"{root}: no metadata.csv, with columns file and view, such as python sample.py writes")
-        for number, row in enumerate(sources.read_table(table), start=2):
+        for row in read_table(table):
             if not row.get("file") or row.get("view") is None:
-                raise InputError(f"{table}, line {number}: no file or no view; needed are both columns")
+                raise InputError(f"{table}, line {row.line}: no file or no view; needed are both columns")
             if not (root / row["file"]).resolve().is_relative_to(root.resolve()):
-                raise InputError(f"{table}, line {number}: {row['file']!r} leaves {root}")
+                raise InputError(f"{table}, line {row.line}: {row['file']!r} leaves {root}")
             try:
                 records.append({"view": fields.parse_value("view", row["view"]), "path": root / row["file"]})
             except InputError as error:
-                raise InputError(f"{table}, line {number}: {error}") from None
+                raise InputError(f"{table}, line {row.line}: {error}") from None
     return records
 
 

@@ -1,0 +1,127 @@
+"""The one reader of tables: CSV as data sets, spreadsheets and hospitals really have it, one row at a time.
+
+Taken are .csv, .tsv and .txt, also compressed with gzip; commas, semicolons (European Excel) or tabs; UTF-8 with or without a
+byte order mark, UTF-16, and Windows-1252 (the "CSV" of Excel on a western Windows). The first line names the columns; a column
+without a name is left out. Everything else is an InputError that names the file and the line. It never quotes a cell, which
+may hold what a hospital must not show.
+"""
+import csv
+import gzip
+import io
+import zlib
+from pathlib import Path
+
+from common.cli import InputError
+
+MAX_LINE = 2 ** 24  # characters; a longer line is no row of a table, and must not fill the memory
+
+
+class Row(dict):
+    """Column -> text of its cell. `line` is where the row begins in the file, whose first line is 1."""
+    line = 0
+
+
+def read_table(path):
+    """The rows of a table as Row, one at a time. Raises InputError."""
+    path = Path(path)
+    first = first_line(path)
+    separator = "\t" if ".tsv" in path.suffixes else max(",;\t", key=first.count)
+    reader = csv.reader(read_lines(path), delimiter=separator, strict=True)
+    header, line = None, 1
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = column_names(cells)
+            elif cells:  # a blank line has none
+                row = Row(zip(header, as_many_cells(cells, header)))
+                row.pop("", None)
+                row.line = line
+                yield row
+            line = reader.line_num + 1
+    except (csv.Error, Malformed) as error:
+        text = str(error).replace("unexpected end of data", "a quotation mark that is never closed")
+        raise InputError(f"{path}, line {line}: {text}") from None
+
+
+class Malformed(ValueError):
+    """What is wrong with one row; read_table adds path and line."""
+
+
+def column_names(cells):
+    """The names of the first line. Empty ones at its end, which spreadsheets leave behind, are no columns."""
+    names = [cell.strip() for cell in cells]
+    while names and not names[-1]:
+        names.pop()
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise Malformed(f"two columns are called {twice[0]!r}")
+    return names
+
+
+def as_many_cells(cells, header):
+    """The cells of a row, checked: one for each column, and nothing beyond them but empty cells."""
+    if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header):]):
+        raise Malformed(f"{len(cells)} cells, where the first line names {len(header)} columns")
+    return cells[:len(header)]
+
+
+def first_line(path):
+    """The first line of a table that is not blank."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise InputError(f"{path}: an Excel workbook or a zip archive, not a table; save it as CSV, or unpack it")
+    for line in read_lines(path):
+        if line.lstrip().lower().startswith(("<!doctype", "<html", "<?xml")):
+            raise InputError(f"{path}: a web page, not a table; downloads without logging in often save one")
+        if line.strip():
+            return line
+    raise InputError(f"{path}: empty, where a first line of column names is expected")
+
+
+def read_lines(path):
+    """The lines of a text file, decoded. Windows-1252 is told from UTF-8 by the first character beyond ASCII: what is not UTF-8
+    there is Windows-1252, and the file stays what it is to its end."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    with (gzip.open if start == b"\x1f\x8b" else open)(path, "rb") as file:
+        encoding, number = None, 0
+        try:
+            start = file.read(1000)
+            file.seek(0)
+            utf16 = utf16_of(start)
+            # Bytes that are not UTF-8 come as lone surrogates (PEP 383), from which the bytes can be had back.
+            text = io.TextIOWrapper(file, utf16 or "utf-8-sig", "strict" if utf16 else "surrogateescape", newline="")
+            while line := text.readline(MAX_LINE):
+                number += 1
+                if not line.isascii() and not utf16:
+                    raw = line.encode("utf-8", "surrogateescape")
+                    encoding = encoding or ("utf-8" if is_utf8(raw) else "cp1252")
+                    line = raw.decode(encoding)
+                if "\0" in line or len(line) == MAX_LINE:
+                    raise InputError(f"{path}, line {number}: no text; a table of text is expected")
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise InputError(f"{path}: a compressed file that is damaged or cut short after line {number}; "
+                             "download it again") from None
+        except UnicodeError:
+            name = utf16 or encoding
+            raise InputError(f"{path}, line {number}: characters that are not {name}; save the table as UTF-8") from None
+
+
+def utf16_of(start):
+    """The kind of UTF-16 that the first bytes of a file show, by its mark or by the zero bytes of ASCII; else None."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    for encoding, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):
+        if zeros and not any(zeros) and all(others):
+            return encoding
+
+
+def is_utf8(raw):
+    try:
+        raw.decode("utf-8")
+        return True
+    except UnicodeDecodeError:
+        return False
