@@ -211,7 +211,10 @@ def main():
     else:
         examples = cfg.examples or [{}]                              # trained without any metadata
         records = [asked or examples[seed % len(examples)] for seed in seeds]
-    wanted, records = records, fields.only_covered(records, cfg.covered)
+    records, notes = zip(*map(fields.resolve_request, records))
+    for note in sorted(set().union(*notes))[:5]:
+        say(note)
+    wanted, records = list(records), fields.only_covered(records, cfg.covered)
     if wanted != records:
         say(f"{sum(map(len, wanted)) - sum(map(len, records))} of {sum(map(len, wanted))} values were not covered in the "
             f"training of these weights and stay unknown")

@@ -147,6 +147,18 @@ def resolve_labels(record):
     return {field: value for field, value in record.items() if field not in doubtful}
 
 
+def resolve_request(record):
+    """A record as the model can be asked for it, and what was changed, in words: a request goes through the policy of
+    resolve_labels, as the labels did from which the model learnt. Only what contradicts itself changes; what the request
+    leaves unknown stays unknown."""
+    resolved = {field: value for field, value in resolve_labels(record).items() if field in record}
+    findings = [f"{field}=positive" for field in FINDINGS if record.get(field) == "positive"
+                and field not in ("no_finding", "support_devices")]
+    notes = [f"{field}={value} contradicts {', '.join(findings)} and is taken as {resolved.get(field, 'unknown')}"
+             for field, value in record.items() if resolved.get(field) != value]
+    return resolved, notes
+
+
 GROUPS = ("sex", "age", "race", "view", "dataset", "label")
 AGE_BANDS = ((0, 17), (18, 39), (40, 59), (60, 79), (80, MAX_AGE))  # years, both ends included
 

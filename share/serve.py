@@ -67,6 +67,7 @@ def parse_form(body, cfg):
     record = {field: fields.parse_value(field, value, cfg.datasets) for field, value in form["metadata"].items()}
     record = {field: value for field, value in record.items() if value is not None}
     fields.check_covered(record, cfg.covered)
+    record, _ = fields.resolve_request(record)                       # the picture's caption says what was asked for
     return record, {name: form[name] for name in LIMITS}
 
 

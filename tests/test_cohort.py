@@ -6,7 +6,7 @@ import sample
 from causal import cohort, patients
 from common.cli import InputError, write_csv
 from radiographs import fields
-from radiographs.index import COLUMNS, index_row
+from radiographs.index import COLUMNS, index_row, read_rows
 
 COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": {"white": 3, "asian": 1}, "age": [20.5, 70],
            "pneumonia": {"positive": 2}, "dataset": {"own": 9}}
@@ -60,7 +60,7 @@ def test_what_cannot_be_balanced_is_refused(model, names, message):
 
 def table(tmp_path, text):
     (tmp_path / "t.csv").write_text(text)
-    return cohort.read_rows(tmp_path / "t.csv", [*fields.DATASETS, "own"], COVERED)
+    return read_rows(tmp_path / "t.csv", [*fields.DATASETS, "own"], COVERED)
 
 
 def test_rows_by_the_names_of_fields(tmp_path):
@@ -71,15 +71,15 @@ def test_rows_by_the_names_of_fields(tmp_path):
 def test_rows_in_the_columns_of_an_index(tmp_path):
     row = {"path": "images/a.png", "patient": "p", "split": "test", "age": 30.0, "sex": "female", "pneumonia": "positive"}
     write_csv(tmp_path / "index.csv", COLUMNS, [index_row(row)])
-    records, seeds = cohort.read_rows(tmp_path / "index.csv", fields.DATASETS, COVERED)
+    records, seeds = read_rows(tmp_path / "index.csv", fields.DATASETS, COVERED)
     assert records == [{"age": 30.0, "sex": "female", "pneumonia": "positive"}] and seeds == [None]
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "no rows"), ("age\n", "no rows"), ("age,colour\n3,red\n", "unknown column colour; accepted: seed, dataset"),
+    ("", "empty, where a first line"), ("age\n", "no rows"), ("age,colour\n3,red\n", "unknown column colour; accepted: seed, dataset"),
     ("age,sex\n30,F\n30,q\n", "line 3, column sex: unknown value 'q' for sex; accepted: female, male"),
     ("age\n30\n400\n", "line 3, column age: age '400' is not a number of years"),
-    ("age,sex\n30\n", "line 2: not as many cells"), ("age\n30,40\n", "line 2: not as many cells"),
+    ("age,sex\n30\n", "line 2: 1 cells, where the first line names 2"), ("age\n30,40\n", "line 2: 2 cells, where the first line names 1"),
     ("seed\n-1\n", "line 2, column seed: '-1'"), ("seed\n" + "9" * 30, "line 2, column seed"),
     ("age\n30\n90\n", "line 3: age 90 was not covered"), ("edema\npositive\n", "line 2: the training data of these weights says nothing"),
     ("ImagePath,Age\na.png,3\n", "line 2: no column 'Dataset_name'")])
@@ -90,7 +90,20 @@ def test_a_bad_table_is_one_line_that_names_row_and_column(tmp_path, text, messa
 
 def test_a_missing_table_and_one_that_is_no_text(tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        cohort.read_rows(tmp_path / "none.csv", fields.DATASETS, COVERED)
-    (tmp_path / "t.csv").write_bytes(b"age\n\xff\xfe\n")
-    with pytest.raises(InputError, match="not a table"):
-        cohort.read_rows(tmp_path / "t.csv", fields.DATASETS, COVERED)
+        read_rows(tmp_path / "none.csv", fields.DATASETS, COVERED)
+    (tmp_path / "t.csv").write_bytes(b"age\n\x00\x01\n")
+    with pytest.raises(InputError, match="line 2: no text"):
+        read_rows(tmp_path / "t.csv", fields.DATASETS, COVERED)
+
+
+# --- requests that contradict themselves -----------------------------------------------------------------
+
+@pytest.mark.parametrize("request_, resolved, notes", [
+    ({"no_finding": "positive", "pneumonia": "positive"}, {"no_finding": "negative", "pneumonia": "positive"},
+     ["no_finding=positive contradicts pneumonia=positive and is taken as negative"]),
+    ({"edema": "positive", "lung_opacity": "negative"}, {"edema": "positive"},
+     ["lung_opacity=negative contradicts edema=positive and is taken as unknown"]),
+    ({"no_finding": "positive", "age": 3.0}, {"no_finding": "positive", "age": 3.0}, []),
+    ({"no_finding": "positive", "support_devices": "positive"}, {"no_finding": "positive", "support_devices": "positive"}, [])])
+def test_a_request_that_contradicts_itself_is_read_by_the_label_policy(request_, resolved, notes):
+    assert fields.resolve_request(request_) == (resolved, notes)
