@@ -44,6 +44,7 @@ from autoencoder.load import copy_vae, load_vae
 from common import cli, hub
 from common.cli import InputError, pick_device
 from encoders import raddino
+from encoders.perceptual import PUBLISHED_WEIGHT
 from radiographs import fields, pixels
 from training import checkpoint, parallel
 
@@ -445,7 +446,8 @@ def main():
     p.add_argument("--channels", type=int, choices=(1, 3), default=1, help="of the VAE's image; grey is repeated to 3")
     p.add_argument("--kl-weight", type=float, default=3e-4)
     p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
-    p.add_argument("--perceptual-weight", type=float, default=250.0, help="of the encoder's loss; 0 measures only")
+    p.add_argument("--perceptual-weight", type=float, default=PUBLISHED_WEIGHT,
+                   help="of the encoder's loss; %(default).2f as published, 0 measures only")
     p.add_argument("--base", type=Path, help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
     p.add_argument("--lora-rank", type=cli.positive, default=32)
     p.add_argument("--lora-alpha", type=float, help="the rank, if not given")

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 
 from common import cli
-from encoders.perceptual import perceptual_loss
+from encoders.perceptual import PUBLISHED_WEIGHT, perceptual_loss
 
 
 @dataclass
@@ -237,7 +237,8 @@ def psnr(x, y, data_range=2.0):
     return 10 * torch.log10(data_range ** 2 / (x - y).square().mean((1, 2, 3)))
 
 
-def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, encoder=None, perceptual_weight=250.0):
+def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, encoder=None,
+             perceptual_weight=PUBLISHED_WEIGHT):
     """The training loss of a batch and its terms, each a mean over pixels or latent elements; in float32. With an encoder
     of raddino.py there is a perceptual term as well (perceptual.py)."""
     with torch.autocast(x.device.type, enabled=False):  # SSIM subtracts nearly equal numbers

@@ -1,19 +1,25 @@
 """The Rad-DINO perceptual loss: two images are alike if an encoder's tokens are, in every layer.
 
-    loss(x, y) = mean over layers l = 1 ... L, tokens and channels of (n(h_l(x)) - n(h_l(y)))²,  n(h) = h / max(|h|, 1e-6)
+    loss(x, y) = mean over layers l = 1 ... L and tokens of |n(h_l(x)) - n(h_l(y))|²,  n(h) = h / max(|h|, 1e-6)
 
-Source: the DINO perceptual loss as the paper's Rad-VAE uses it; every token is scaled to length 1 on its own, so that the
-few tokens and channels with large values do not decide alone. A weight of about 250 goes with a Charbonnier loss of 1.
-Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (checkpointing), so that
-one layer's are held at a time.
+which is the mean of 2 (1 - cosine) of the two images' tokens: from 0 to 4, whatever the encoder's width.
+
+Source: the DINO perceptual loss (2025), as the paper's Rad-VAE uses it. Every token is scaled to length 1 on its own,
+so that a few tokens and channels with large values do not outweigh the rest. The published loss is the mean over
+Rad-DINO's 768 channels too and has the weight 250 beside a Charbonnier loss of 1; here channels are summed, because a
+mean would give a narrow encoder a larger weight, so the same weight reads 250 / 768 = 0.33.
+Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (checkpointing), so
+that those of one layer are held at a time.
 """
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+PUBLISHED_WEIGHT = 250 / 768  # 250 for a mean over 768 channels
+
 
 def to_encoder_input(encoder, images):
-    """Images (N, 1, H, W) in [-1, 1] as the encoder wants them, the sides resampled to whole patches: 512 becomes 518."""
+    """Images (N, 1, H, W) in [-1, 1] as the encoder expects them, sides resampled to whole patches: 512 becomes 518."""
     sides = [max(1, round(side / encoder.config.patch)) * encoder.config.patch for side in images.shape[2:]]
     if sides != list(images.shape[2:]):
         images = F.interpolate(images, sides, mode="bicubic", antialias=True)
@@ -31,5 +37,5 @@ def perceptual_loss(encoder, x, y):
         tokens = checkpoint(block, tokens, use_reentrant=False)      # N T D
         with torch.autocast(tokens.device.type, enabled=False):      # squares of small differences: float32
             difference = F.normalize(tokens.float(), dim=-1, eps=1e-6) - F.normalize(target.float(), dim=-1, eps=1e-6)
-            distance = distance + difference.square().mean((1, 2))   # N
+            distance = distance + difference.square().sum(2).mean(1)         # N
     return distance / len(encoder.blocks)

@@ -1,21 +1,23 @@
-"""Rad-DINO: the image encoder that the measures and the perceptual loss look through.
+"""Rad-DINO: the image encoder in whose features the measures and the perceptual loss compare images.
 
-A DINOv2 ViT without registers. Tokens are a CLS token and one token a patch; with s1, s2 learnt per channel (layer scale),
+A DINOv2 ViT without registers. The tokens are a CLS token and one per patch; s1 and s2 are learnt per channel
+(layer scale).
 
     h_0 = [CLS, patches] + positions
     h_l = a + s2 MLP(LN(a)),  a = h_{l-1} + s1 Attention(LN(h_{l-1})),  l = 1 ... L
     features = LN(h_L)[CLS]                                             (transformers' pooler_output)
 
-Source: microsoft/rad-dino (MIT), Perez-Garcia et al. 2024; DINOv2, Oquab et al. 2023. The defaults below are the published
-model: 86,580,480 parameters, 223 tensors. A smaller one is the same class with other numbers, such as the encoder of
-weights/demo/classifier, which needs no network.
-Conventions: `preprocess` takes an image as files hold it and is the published processor, to the pixel; `normalise` takes
-images of this project, (N, 1, H, W) in [-1, 1], and lets gradients through. Any height and width is accepted: positions are
-interpolated, and what a patch does not cover on the right and below is not seen.
+Source: microsoft/rad-dino (MIT), Perez-Garcia et al. 2024; DINOv2, Oquab et al. 2023. The defaults below are the
+published model: 86,580,480 parameters, 223 tensors. A smaller one is the same class with other numbers, such as the
+encoder of weights/demo/classifier, which needs no network.
+Conventions: `preprocess` takes an image as files hold it and is the published processor, to the pixel; its values are
+read from the preprocessor_config.json beside the weights. `normalise` takes images of this project, (N, 1, H, W) in
+[-1, 1], and lets gradients through. Any height and width is accepted: positions are interpolated, and pixels on the
+right and at the bottom that do not fill a patch are not seen.
 """
-import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import safetensors
@@ -26,7 +28,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from common import hub
+from common import cli, hub
 from common.cli import InputError
 
 
@@ -39,8 +41,34 @@ class EncoderConfig:
     image_size: int = 518    # side in pixels that the positions were trained for
     channels: int = 3        # of the image; grey is repeated
     mlp_ratio: int = 4       # hidden channels of the MLP over width
-    mean: float = 0.5307     # of the training images' pixels in [0, 1], every channel
+    mean: float = 0.5307     # of the training images' pixels in [0, 1]; a tuple where the channels differ
     std: float = 0.2583
+    resize: int = None       # shortest edge in pixels that preprocess resamples to; image_size if not given
+    crop: int = None         # side of the square that preprocess cuts out of the middle; resize if not given
+
+    def __post_init__(self):
+        self.resize = self.image_size if self.resize is None else self.resize
+        self.crop = self.resize if self.crop is None else self.crop
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise InputError(f"{name} {value!r} is not a whole number from 1 to {limit:,}")
+        if self.width % self.heads or self.image_size < self.patch or self.resize < self.crop:
+            raise InputError(f"width {self.width}, heads {self.heads}, patch {self.patch}, image_size {self.image_size}"
+                             f", resize {self.resize}, crop {self.crop}: heads must divide the width, a patch must fit "
+                             "into the image and the crop into the resized image")
+        for name, low in (("mean", 0), ("std", 1e-6)):
+            values = getattr(self, name)
+            values = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+            allowed = all(type(x) in (int, float) and low <= x <= 1 for x in values)
+            if len(values) not in (1, self.channels) or not allowed:
+                raise InputError(f"{name} {values} is not a number from {low:g} to 1, or one for each channel")
+            setattr(self, name, values[0] if len(set(values)) == 1 else values)
+
+
+# The largest values accepted of a config file: far above any model of this kind, and small enough to build.
+LIMITS = {"width": 8192, "depth": 128, "heads": 128, "patch": 256, "image_size": 4096, "channels": 4, "mlp_ratio": 16,
+          "resize": 4096, "crop": 4096}
 
 
 class Attention(nn.Module):
@@ -75,8 +103,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, side = config, config.image_size // config.patch
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
-        self.mask_token = nn.Parameter(torch.zeros(1, config.width))  # of DINOv2's own training; unused, kept to load strictly
-        self.positions = nn.Parameter(torch.randn(1, 1 + side * side, config.width) * 0.02)  # CLS first, then row by row
+        self.mask_token = nn.Parameter(torch.zeros(1, config.width))  # unused here; kept to load strictly
+        self.positions = nn.Parameter(torch.randn(1, 1 + side * side, config.width) * 0.02)  # CLS, then row by row
         self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
@@ -104,8 +132,9 @@ class Encoder(nn.Module):
         return states
 
     def forward(self, x, keep=None):
-        """CLS features (N, D) and patch features (N, h w, D), after the last LayerNorm. keep (N, K) says which patches to
-        look at; the others are left out, which makes training cheaper and harder (PatchDropout, Liu et al. 2023)."""
+        """CLS features (N, D) and patch features (N, h w, D), after the last LayerNorm, of normalised images (N, C,
+        H, W). `keep` (N, K) holds the numbers of the patches to look at; the others are left out, which makes
+        training cheaper and harder (PatchDropout, Liu et al. 2023)."""
         tokens = self.embed(x)                                       # N T D
         if keep is not None:
             patches = tokens[:, 1:].gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))  # N K D
@@ -116,23 +145,24 @@ class Encoder(nn.Module):
         return tokens[:, 0], tokens[:, 1:]
 
     def normalise(self, images):                                     # N 1 H W in [-1, 1]
-        """Images as the encoder wants them, (N, C, H, W), with gradients; the size stays."""
-        x = ((images + 1) / 2 - self.config.mean) / self.config.std  # N 1 H W
-        return x.expand(-1, self.config.channels, -1, -1)
+        """Images as the encoder expects them, (N, C, H, W), with gradients; the size stays."""
+        mean, std = (torch.tensor(value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+                     for value in (self.config.mean, self.config.std))
+        x = images.expand(-1, self.config.channels, -1, -1)          # N C H W
+        return ((x + 1) / 2 - mean) / std
 
 
 def preprocess(image, config):
-    """The published processor: a PIL image to (C, S, S) float32. Shortest edge to S by Pillow's bicubic filter on bytes,
-    centre crop, mean and standard deviation."""
-    size = config.image_size
+    """The published processor: a PIL image to (C, S, S) float32, S = config.crop. Shortest edge to config.resize by
+    Pillow's bicubic filter on bytes, centre crop, mean and standard deviation."""
     if image.mode.startswith("I"):  # 16 bits (PadChest, CXR7-1M): the processor works on bytes
         image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
     image = image.convert("L" if config.channels == 1 else "RGB")
-    width, height = (size * edge // min(image.size) for edge in image.size)
+    width, height = (config.resize * edge // min(image.size) for edge in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    pixels = np.asarray(image, np.float32).reshape(size, size, -1) / 255                   # S S C
+    left, top = (width - config.crop) // 2, (height - config.crop) // 2
+    image = image.crop((left, top, left + config.crop, top + config.crop))
+    pixels = np.asarray(image, np.float32).reshape(config.crop, config.crop, -1) / 255     # S S C
     return torch.from_numpy((pixels - config.mean) / config.std).permute(2, 0, 1).float()  # C S S
 
 
@@ -142,7 +172,8 @@ def preprocess(image, config):
 # microsoft/rad-dino's tensor names, in the spelling of the file (transformers 4) and of transformers 5, to ours.
 NAMES = [(r"embeddings\.position_embeddings", "positions"), (r"embeddings\.patch_embeddings\.projection", "patches"),
          (r"embeddings\.", ""), (r"encoder\.layer\.", "blocks."), (r"layer_scale([12])\.lambda1", r"scale\1"),
-         (r"attention\.attention\.(q|k|v)(uery|ey|alue)", r"attention.\1"), (r"attention\.output\.dense", "attention.out"),
+         (r"attention\.attention\.(q|k|v)(uery|ey|alue)", r"attention.\1"),
+         (r"attention\.output\.dense", "attention.out"),
          (r"attention\.([qkvo])_proj", r"attention.\1"), (r"attention\.o\.", "attention.out."), (r"mlp\.", ""),
          (r"^layernorm", "norm")]
 
@@ -153,28 +184,73 @@ def our_name(name):
     return name
 
 
-def load_encoder(folder):
-    """The encoder in `folder`, here or on the Hub, in float32, in eval mode, without gradients of its own: microsoft/rad-dino
-    as published, or a folder of this project's classifier, whose encoder it takes.
+def processor_values(folder):
+    """resize, crop, mean and std of the preprocessor_config.json beside the weights; nothing where there is none, which
+    leaves Rad-DINO's. Raises InputError for steps other than the ones `preprocess` takes."""
+    file = hub.find(folder, "preprocessor_config.json")
+    if not file:
+        return {}
+    values = cli.read_json(file)
+    steps = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+    for name, expected in steps.items():
+        if values.get(name, expected) != expected:
+            raise InputError(f"{file}: {name} is {values[name]!r}; accepted is {expected} (bicubic resize of the "
+                             "shortest edge, centre crop, mean and standard deviation)")
+    try:
+        crop = values["crop_size"]
+        crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+        if crop[0] != crop[1] or not math.isclose(values.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
+            raise ValueError
+        return {"resize": values["size"]["shortest_edge"], "crop": crop[0],
+                "mean": values["image_mean"], "std": values["image_std"]}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{file}: not the processor of a DINOv2: needed are size (shortest_edge), a square crop_size, "
+                         "image_mean, image_std and rescale_factor 1/255") from None
 
-    Raises InputError for a missing file, another architecture, a missing or an extra tensor.
+
+def why_not_raddino(encoder, folder):
+    """Why features of this encoder may not be compared with Rad-DINO's: one line, empty for microsoft/rad-dino as
+    published. A shape alone does not tell: facebook/dinov2-base has the same, but crops to 224 pixels and takes
+    ImageNet's mean."""
+    published, own = asdict(EncoderConfig()), asdict(encoder.config)
+    if own != published:
+        return "not Rad-DINO: " + ", ".join(f"{name} {own[name]} (Rad-DINO: {value})"
+                                            for name, value in published.items() if own[name] != value)
+    if not hub.find(folder, "preprocessor_config.json"):
+        return "no preprocessor_config.json beside the weights, so Rad-DINO's values are assumed"
+    if str(folder) != "microsoft/rad-dino":
+        return "shaped and fed like Rad-DINO; that the weights are Rad-DINO's own is not checked"
+    return ""
+
+
+def load_encoder(folder):
+    """The encoder in `folder`, here or on the Hub, in float32, in eval mode, without gradients of its own:
+    microsoft/rad-dino as published, another DINOv2 of that architecture, or a folder of this project's classifier,
+    whose encoder is taken.
+
+    Raises InputError for a missing file, another architecture, a missing or an extra tensor, weights that are not
+    finite.
     """
     files = [hub.find(folder, name) for name in ("config.json", "model.safetensors")]
     if not all(files):
         raise InputError(f"{folder}: an encoder is a folder with config.json and model.safetensors, here or on the Hub")
     try:
-        config = json.loads(files[0].read_text())
+        config = cli.read_json(files[0])
         state = safetensors.torch.load_file(files[1])
         if "encoder" in config:  # a classifier: its heads are not the encoder's
             encoder = Encoder(EncoderConfig(**config["encoder"]))
-            state = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+            state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()
+                     if name.startswith("encoder.")}
         else:
             if config.get("model_type") != "dinov2":
                 raise ValueError(f"model_type {config.get('model_type')!r} is not dinov2")
-            encoder = Encoder(EncoderConfig(config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"],
-                                            config["patch_size"], config["image_size"], config["num_channels"], config["mlp_ratio"]))
+            encoder = Encoder(EncoderConfig(
+                config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], config["patch_size"],
+                config["image_size"], config["num_channels"], config["mlp_ratio"], **processor_values(folder)))
             state = {our_name(name): tensor for name, tensor in state.items()}
         encoder.load_state_dict(state)
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("weights that are not finite")
     except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: not an encoder of this architecture: {reason[:300]}") from None

@@ -166,7 +166,7 @@ def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path):
     without, measured, taught = (log_of(tmp_path / name) for name in ("without", "measured", "taught"))
     assert [line["loss"] for line in measured] == [line["loss"] for line in without] and "held_out_fdd" not in without[-1]
     assert taught[0]["loss"] == pytest.approx(
-        taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"] + 250 * taught[0]["perceptual"], rel=1e-4)
+        taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"] + 250 / 768 * taught[0]["perceptual"], rel=1e-4)
     # What the log says of the held-out reconstructions, computed again from the saved weights.
     model, judge = load_vae(tmp_path / "taught/weights/vae"), raddino.load_encoder(ROOT / "weights/demo/classifier")
     x = torch.stack(list(data.Radiographs([phantoms], "valid"))[::3][:64])                  # the images that train.py chose
