@@ -6,6 +6,8 @@ Conventions. Metadata in memory: a dict of field -> value in which an unknown fi
 float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown. Unknown is also what dropout
 and guidance use: there is one null a field.
 """
+import collections
+import itertools
 import math
 
 import torch
@@ -176,3 +178,22 @@ def groups_of(record, kinds):
         elif kind in record:
             groups.append(f"{kind}={record[kind]}")
     return groups
+
+
+def count_pairs(records):
+    """How many records hold two values together, ages in bands: {"sex=female": {"view=PA": 12, ...}, ...}, the value of the
+    field that comes first in FIELDS outside. A pair that no record holds is absent."""
+    rows, pairs = collections.Counter(tuple(groups_of(record, FIELDS)) for record in records), {}
+    for values, count in rows.items():
+        for a, b in itertools.combinations(values, 2):
+            together = pairs.setdefault(a, {})
+            together[b] = together.get(b, 0) + count
+    return pairs
+
+
+def never_together(record, pairs):
+    """The first two values of a record that no training record held together, as ("dataset=kermany", "age=80-120"); None if
+    there are none. `pairs` is that of count_pairs; an empty one, of weights that do not hold it, says nothing."""
+    for a, b in itertools.combinations(groups_of(record, FIELDS) if pairs else (), 2):
+        if b not in pairs.get(a, {}):
+            return a, b

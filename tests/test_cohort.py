@@ -107,3 +107,14 @@ def test_a_missing_table_and_one_that_is_no_text(tmp_path):
     ({"no_finding": "positive", "support_devices": "positive"}, {"no_finding": "positive", "support_devices": "positive"}, [])])
 def test_a_request_that_contradicts_itself_is_read_by_the_label_policy(request_, resolved, notes):
     assert fields.resolve_request(request_) == (resolved, notes)
+
+
+# --- pairs of values that the training data holds --------------------------------------------------------
+
+def test_pairs_are_counted_and_what_was_never_together_is_named():
+    records = [{"dataset": "own", "age": 3.0, "sex": "male"}, {"dataset": "own", "age": 5.5}, {"age": 80.0, "sex": "male"}]
+    pairs = fields.count_pairs(records)
+    assert pairs == {"dataset=own": {"age=0-17": 2, "sex=male": 1}, "age=0-17": {"sex=male": 1}, "age=80-120": {"sex=male": 1}}
+    assert fields.never_together({"dataset": "own", "age": 81.0}, pairs) == ("dataset=own", "age=80-120")
+    assert fields.never_together({"age": 90.0, "sex": "male"}, pairs) is None
+    assert fields.never_together({"dataset": "own", "age": 81.0}, {}) is None
