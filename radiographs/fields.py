@@ -52,7 +52,7 @@ def parse_value(field, text, datasets=DATASETS):
         return None
     if field == "age":
         try:
-            age = float(text)
+            age = float(text) if text.isascii() and "_" not in text else math.nan  # float() takes 1_0 and Arabic digits
         except ValueError:
             age = math.nan
         if not 0 <= age <= MAX_AGE:
@@ -104,9 +104,13 @@ def why_not_covered(field, value, covered):
         return f"the training data of these weights says nothing of {field}; covered: {', '.join(covered)}"
     if field == "age":
         low, high = covered["age"]
-        return None if low <= value <= high else f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+        if not low <= value <= high:
+            return f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+        return None
     if value not in covered[field]:
-        return f"{field}={value} was not covered by the training data of these weights; covered: {', '.join(covered[field])}"
+        return (f"{field}={value} was not covered by the training data of these weights; "
+                f"covered: {', '.join(covered[field])}")
+    return None
 
 
 def check_covered(record, covered):
@@ -118,7 +122,8 @@ def check_covered(record, covered):
 
 def only_covered(records, covered):
     """The records without what the training data never held, which the model can only be asked for as unknown."""
-    return [{field: value for field, value in record.items() if not why_not_covered(field, value, covered)} for record in records]
+    return [{field: value for field, value in record.items() if not why_not_covered(field, value, covered)}
+            for record in records]
 
 
 # A consolidated lung is opaque and a large heart widens the mediastinum: CheXpert's labels are a tree with two parents.
