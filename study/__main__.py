@@ -1,9 +1,7 @@
 """The blind real-or-synthetic reader study: plan it, build its page, score what the readers send back.
 
-    python -m study power --readers 3 --pairs 50 --margin 0.1
-    python -m study build --real data/nih --synthetic out/sample --pairs 50 --presentations 2 --seed 7 --out out/study.html
+    python -m study build --real data/nih --synthetic out/sample --pairs 50 --seed 7 --out out/study.html
     python -m study score results/*.json --key out/study.key.json
-    python -m study example                                        (simulated readers, to see the table and the figure)
 """
 import argparse
 from pathlib import Path
@@ -12,48 +10,71 @@ from common import cli
 from study import build, score
 
 
-def below_half(text):
-    """An argparse type."""
-    number = float(text)
-    if not 0 < number < 0.5:
+def margin(text):
+    """An argparse type: a number between 0 and 1/2."""
+    number = cli.number(0, 0.5)(text)
+    if number in (0, 0.5):
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 0.5")
     return number
 
 
+def add_build(commands):
+    parser = commands.add_parser("build", help="write the page for the readers and, beside it, the key")
+    parser.add_argument("--real", nargs="+", type=cli.new_path, required=True, metavar="DIR",
+                        help="prepared sources, of which the split test is taken, or any folders of images")
+    parser.add_argument("--synthetic", nargs="+", type=cli.new_path, required=True, metavar="DIR",
+                        help="folders that sample.py wrote, or any folders of images")
+    parser.add_argument("--design", choices=("pairs", "single"), default="pairs",
+                        help="two images side by side, or one image and a rating")
+    parser.add_argument("--pairs", type=cli.integer(1, 100_000), default=50,
+                        help="as many real images as synthetic ones")
+    parser.add_argument("--presentations", type=cli.integer(1, score.MAX_PRESENTATIONS),
+                        help="how often each reader answers everything: 2 by default, 1 for a quiz")
+    parser.add_argument("--margin", type=margin, default=0.1, help="accuracy within this of 1/2 will count as chance")
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="decides which images are chosen")
+    parser.add_argument("--quiz", action="store_true",
+                        help="a game that tells each answer; its page holds the answers")
+    parser.add_argument("--out", type=cli.new_path, default=Path("out/study.html"))
+
+
+def add_score(commands):
+    parser = commands.add_parser("score", help="the readers' results to a table, a figure and JSON")
+    parser.add_argument("results", nargs="+", type=cli.new_path)
+    parser.add_argument("--key", type=cli.new_path, required=True, help="the .key.json of the study")
+    parser.add_argument("--out", type=cli.new_path, default=Path("out/score"),
+                        help="name without suffix: .txt, .png and .json are written")
+
+
+def add_power(commands):
+    parser = commands.add_parser("power", help="what a planned study could show")
+    parser.add_argument("--readers", type=cli.integer(1, 1_000), default=3)
+    parser.add_argument("--pairs", type=cli.integer(2, 100_000), default=50)
+    parser.add_argument("--margin", type=margin, default=0.1)
+    parser.add_argument("--design", choices=("pairs", "single"), default="pairs")
+
+
+def add_example(commands):
+    parser = commands.add_parser("example", help="the table and the figure for simulated readers")
+    parser.add_argument("--out", type=cli.new_path, default=Path("out/example"), help="name without suffix")
+
+
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m study", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("build", help="write the page for the readers and, beside it, the key")
-    p.add_argument("--real", nargs="+", type=Path, required=True, metavar="DIR", help="prepared sources; the split test")
-    p.add_argument("--synthetic", nargs="+", type=Path, required=True, metavar="DIR", help="folders that sample.py wrote")
-    p.add_argument("--design", choices=("pairs", "single"), default="pairs")
-    p.add_argument("--pairs", type=cli.positive, default=50, help="as many real images as synthetic ones")
-    p.add_argument("--presentations", type=cli.positive, help="how often each reader answers everything; 2, in a quiz 1")
-    p.add_argument("--margin", type=below_half, default=0.1, help="accuracy within this of 1/2 will count as chance")
-    p.add_argument("--seed", type=int, default=0, help="which images are drawn")
-    p.add_argument("--quiz", action="store_true", help="a game that tells the answer each time; the page then holds it")
-    p.add_argument("--out", type=Path, default=Path("out/study.html"))
-    p = commands.add_parser("score", help="results to a table, a figure and JSON")
-    p.add_argument("results", nargs="+", type=Path)
-    p.add_argument("--key", type=Path, required=True, help="the .key.json of the study")
-    p.add_argument("--out", type=Path, default=Path("out/score"), help="without suffix: .txt, .png and .json are written")
-    p = commands.add_parser("power", help="what a planned study could show")
-    p.add_argument("--readers", type=cli.positive, default=3)
-    p.add_argument("--pairs", type=cli.positive, default=50)
-    p.add_argument("--margin", type=below_half, default=0.1)
-    p.add_argument("--design", choices=("pairs", "single"), default="pairs")
-    p = commands.add_parser("example", help="the same from made-up readers")
-    p.add_argument("--out", type=Path, default=Path("out/example"), help="without suffix")
+    for add in (add_build, add_score, add_power, add_example):
+        add(commands)
     args = parser.parse_args()
     if args.command == "build":
-        build.build(args)
+        build.build(args.real, args.synthetic, args.out, args.design, args.pairs, args.presentations, args.margin,
+                    args.quiz, args.seed)
     elif args.command == "score":
         key = score.read_key(args.key)
         score.report(score.read_results(args.results, key), key, args.out)
     elif args.command == "power":
-        build.power(args.readers, args.pairs, args.margin, args.design)
+        build.print_power(args.readers, args.pairs, args.margin, args.design)
     else:
-        score.report(*score.made_up(), args.out)
+        score.report(*score.simulate(), args.out)
 
 
 if __name__ == "__main__":

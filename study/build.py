@@ -1,24 +1,21 @@
-"""Can experts tell? The blind real-or-synthetic reader study, as one page that asks and one command that counts.
+"""Can experts tell? The blind real-or-synthetic reader study: two folders of images become one page and its key.
 
-    pairs    two images of the same view side by side, one real, one synthetic: pick the synthetic one
-    single   one image at a time: from 1, definitely real, to 6, definitely synthetic
+    pairs    two images of the same view side by side, one real, one synthetic: choose the synthetic one
+    single   one image at a time: rate it from 1, definitely real, to 6, definitely synthetic
 
-Source: the reader study of arXiv 2606.19460 (three experts, two presentations of the same pairs; accuracy, intra-rater
-and inter-rater kappa). Here as well: intervals, and a test that can show equivalence to chance, within a margin that is
-fixed when the page is built. The statistics are in agreement.py, what comes back from the readers in score.py.
+Source: the reader study of arXiv 2606.19460 (three experts, two presentations of the same pairs; accuracy,
+intra-rater and inter-rater kappa). Added here: intervals, and a test that can show equivalence to chance, within a
+margin that is fixed when the page is built. The statistics are in agreement.py; the readers' answers are checked and
+scored in score.py.
 
-What keeps it blind. An image enters the page as its bare grey values, size x size bytes: no file format, hence no header,
-no metadata, no compression, no length of its own. Its name is the hash of its pixels; images and pairs are listed in the
-order of their names. So the page is the same, byte for byte, whichever of the two folders was the synthetic one (a test
-swaps them): the answers are only in the key. Whoever has the folders, or knows a public image by heart, has them too.
+What keeps it blind. An image enters the page as its bare grey values, size x size bytes: no file format, and so no
+header, no metadata, no compression and no length of its own. Its name is the hash of its pixels; images and pairs are
+listed in the order of their names. The page is therefore the same, byte for byte, whichever of the two folders is the
+synthetic one (a test swaps them): the answers are only in the key. Anyone who has the folders, or knows a public
+image by heart, has the answers too.
 
-    python -m study build --real data/nih --synthetic out --pairs 50 --presentations 2 --seed 7 --out out/study.html
-    python -m study score results/*.json --key out/study.key.json
-    python -m study power --readers 3 --pairs 50 --margin 0.1
-    python -m study example                                        (made-up readers, to see the table and the figure)
-
-build writes study.html, for the readers, and study.key.json, for the experimenter alone. Each reader opens the page in a
-browser and sends back the one file it offers at the end. score takes them all or, where one is not as it should be, none.
+build writes study.html, for the readers, and study.key.json, for the experimenter alone. Each reader opens the page
+in a browser and sends back the one file that it offers at the end.
 """
 import base64
 import json
@@ -32,71 +29,88 @@ from common import cli
 from common.cli import InputError
 from common.tables import read_table
 from radiographs import fields, pixels
-from radiographs.index import index_records
-from study import agreement, score
-from study.score import digest
+from radiographs.folders import images_of
+from study import agreement
+from study.score import digest, read_key
 
 PAGE = Path(__file__).parent / "page.html"
-PRACTICE = 2   # more pairs, shown first and not counted
-BLACK = 8      # grey levels below this become 0: preparation pads with 0, a decoder draws nearly 0; a narrow window shows it
+PRACTICE = 2   # additional pairs, shown first and not counted
+# Grey levels below this become 0: real images are padded with 0, a decoder's black is only nearly 0, and a narrow
+# window would show the difference.
+BLACK = 8
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Build: two folders to a page and its key
+# The images
 
 def read_real(folders):
-    """Held-out images of prepared sources (see data.py): the split test, one a patient, as dicts of view and path."""
-    held_out = ((root, record) for root in folders for record in index_records(root) if record["split"] == "test")
-    by_patient = {(record.get("dataset"), record["patient"]): record | {"path": Path(root) / record["path"]}
-                  for root, record in held_out}
+    """Held-out images, one for each patient, as records with a path: of a folder with an index.csv those of the split
+    test, of any other folder all."""
+    records = []
+    for folder in map(Path, folders):
+        found = images_of(folder)
+        if any("split" in record for record in found):
+            found = [record for record in found if record["split"] == "test"]
+            if not found:
+                raise InputError(f"{folder}: no image of the split test; readers must see none used in training")
+        else:
+            print(f"note: {folder} has no index.csv, so whether a model was trained on these images is not known")
+        records += found
+    # The last image of each patient; an image whose patient is not known counts as its own.
+    by_patient = {(record.get("dataset"), record.get("patient") or record["path"]): record for record in records}
     return list(by_patient.values())
 
 
 def read_synthetic(folders):
-    """What sample.py wrote, or any folder with a metadata.csv of columns file and view, as dicts of view and path."""
+    """All images of the folders, as records with a path. A metadata.csv with the columns file and view, as sample.py
+    writes one beside its images, says which there are and of which view."""
     records = []
-    for root in map(Path, folders):
-        table = root / "metadata.csv"
-        if not table.exists():
-            raise InputError(f"{root}: no metadata.csv, with columns file and view, such as python sample.py writes")
-        for row in read_table(table):
-            if not row.get("file") or row.get("view") is None:
-                raise InputError(f"{table}, line {row.line}: no file or no view; needed are both columns")
-            if not (root / row["file"]).resolve().is_relative_to(root.resolve()):
-                raise InputError(f"{table}, line {row.line}: {row['file']!r} leaves {root}")
-            try:
-                records.append({"view": fields.parse_value("view", row["view"]), "path": root / row["file"]})
-            except InputError as error:
-                raise InputError(f"{table}, line {row.line}: {error}") from None
+    for folder in map(Path, folders):
+        table = folder / "metadata.csv"
+        records += read_metadata(table) if table.exists() else images_of(folder)
     return records
 
 
+def read_metadata(table):
+    """The rows of a metadata.csv as records of path and, where it is known, view."""
+    folder = table.parent
+    for row in read_table(table):
+        if not row.get("file") or row.get("view") is None:
+            raise InputError(f"{table}, line {row.line}: no file or no view; both columns are needed")
+        if not (folder / row["file"]).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{table}, line {row.line}: {row['file']!r} leaves {folder}")
+        try:
+            view = fields.parse_value("view", row["view"])
+        except InputError as error:
+            raise InputError(f"{table}, line {row.line}: {error}") from None
+        yield fields.drop_unknown({"view": view, "path": folder / row["file"]})
+
+
 def match(real, synthetic, n, seed):
-    """n pairs (real, synthetic) of the same known view, drawn at random. Folders of equal size, swapped, give the same."""
+    """n pairs (real, synthetic) of the same known view, chosen at random. Where one side says nothing of views, any
+    real image is paired with any synthetic one. Folders of equal size, swapped, give the same pairs."""
+    views = fields.VALUES["view"]
+    if not all(any("view" in record for record in side) for side in (real, synthetic)):
+        print("note: the views of one side are not known, so a pair may show two different views")
+        views = (None,)
     pairs, counts = [], []
-    for view in fields.VALUES["view"]:
-        sides = [[record for record in side if record.get("view") == view] for side in (real, synthetic)]
-        counts.append(f"{view} {len(sides[0])} real and {len(sides[1])} synthetic")
+    for view in views:
+        sides = [[record for record in side if view in (None, record.get("view"))] for side in (real, synthetic)]
+        counts.append(f"{view or 'any view'} {len(sides[0])} real and {len(sides[1])} synthetic")
         for side in sides:
             random.Random(seed).shuffle(side)
         pairs += zip(*sides)
     if len(pairs) < n:
-        raise InputError(f"{n} pairs are needed, {PRACTICE} of them to practise on, and only {len(pairs)} can be matched by "
-                         f"view: {', '.join(counts)}")
+        raise InputError(f"{n} pairs are needed, {PRACTICE} of them for practice, and only {len(pairs)} can be matched "
+                         f"by view: {', '.join(counts)}")
     return random.Random(seed).sample(pairs, n)
 
 
 def read_pixels(pairs):
-    """Every image as (size, size) uint8, size being the smallest side of all; and the sizes found, by path."""
+    """Every image as (size, size) uint8, size being the smallest side of all; and the sides found, by path."""
     paths = [record["path"] for pair in pairs for record in pair]
-    sizes = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes[path] = max(image.size)
-        except UnidentifiedImageError:
-            raise InputError(f"{path}: not an image") from None
-    size = min(sizes.values())
+    sides = {path: longest_side(path) for path in paths}
+    size = min(sides.values())
     arrays = {}
     for path in paths:
         try:
@@ -104,13 +118,42 @@ def read_pixels(pairs):
         except pixels.Rejected as reason:
             raise InputError(f"{path}: {reason}") from None
         arrays[path] = np.where(image < BLACK, 0, image).astype(np.uint8)
-    return arrays, sizes
+    return arrays, sides
 
 
-def make_study(pairs, design, presentations, margin, quiz, seed):
-    """What the page says (a dict), the images by name (bytes), and the key (a dict). Only the key knows the answers,
-    unless it is a quiz."""
-    arrays, sizes = read_pixels(pairs)
+def longest_side(path):
+    """Of an image file, in pixels."""
+    try:
+        if pixels.is_dicom(path):
+            return max(pixels.read_dicom(path).shape)
+        with Image.open(path) as image:
+            return max(image.size)
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image") from None
+    except OSError:
+        raise
+    except Exception as error:  # decoders raise whatever they like on a damaged file
+        raise InputError(f"{path}: unreadable ({type(error).__name__})") from None
+
+
+def check_sides(pairs):
+    """Refuses sides given the wrong way round, which the marks of synthetic images show; says where there are no
+    marks."""
+    marked = [pixels.is_synthetic(synthetic["path"]) for _, synthetic in pairs]
+    for real, _ in pairs:
+        if pixels.is_synthetic(real["path"]):
+            swapped = "" if any(marked) else "; are --real and --synthetic the wrong way round?"
+            raise InputError(f"--real: {real['path']} says in its header that it is synthetic{swapped}")
+    if not all(marked):
+        print(f"note: {marked.count(False)} of {len(marked)} images of --synthetic do not say in their header that "
+              "they are synthetic, so make sure that they are")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The page and its key
+
+def make_study(pairs, arrays, design, presentations, margin, quiz, seed):
+    """What the page says (a dict), the images by name (bytes), and the key (a dict). Only the key knows the answers."""
     names, images = {}, {}
     for path in (record["path"] for pair in pairs for record in pair):
         names[path] = name = digest(arrays[path].tobytes())
@@ -118,17 +161,23 @@ def make_study(pairs, design, presentations, margin, quiz, seed):
             raise InputError(f"{path}: the same picture as {next(other for other in names if names[other] == name)}")
         images[name] = arrays[path].tobytes()
     named = [[names[record["path"]] for record in pair] for pair in pairs]        # (real, synthetic), practice first
-    parts = [sorted(map(sorted, part)) if design == "pairs" else sorted([name] for pair in part for name in pair)
-             for part in (named[:PRACTICE], named[PRACTICE:])]
+    practice, questions = ask(named[:PRACTICE], design), ask(named[PRACTICE:], design)
     study = {"design": design, "presentations": presentations, "margin": margin, "quiz": quiz,
-             "size": len(next(iter(arrays.values()))), "practice": parts[0], "questions": parts[1]}
+             "size": len(next(iter(arrays.values()))), "practice": practice, "questions": questions}
     key = {"id": digest(study), "seed": seed, "study": study, "pairs": named[PRACTICE:],     # (real, synthetic) each
            "files": {names[path]: str(path) for path in names}}
-    return study, images, key, sizes
+    return study, images, key
+
+
+def ask(named, design):
+    """Pairs of names (real, synthetic) as questions, in an order that says nothing of which is which."""
+    if design == "pairs":
+        return sorted(map(sorted, named))
+    return sorted([name] for pair in named for name in pair)
 
 
 def write_page(path, study, images, key):
-    """The template with the study in it; a quiz also holds the names of the synthetic images, in base64."""
+    """The template with the study in it. The page of a quiz also holds the names of the synthetic images, in base64."""
     content = {"id": key["id"], "study": study, "answers": None,
                "images": {name: base64.b64encode(images[name]).decode() for name in sorted(images)}}
     if study["quiz"]:
@@ -136,42 +185,48 @@ def write_page(path, study, images, key):
     cli.write_text(path, PAGE.read_text(encoding="utf-8").replace("{{STUDY}}", json.dumps(content)))
 
 
-def build(args):
-    if not args.out.name.endswith(".html"):
-        raise InputError(f"--out {args.out}: the page is a file that ends in .html")
-    presentations = args.presentations or (1 if args.quiz else 2)
-    if args.quiz and presentations > 1:
-        raise InputError(f"--presentations {presentations}: a quiz gives the answers away, so it is played once")
-    pairs = match(read_real(args.real), read_synthetic(args.synthetic), args.pairs + PRACTICE, args.seed)
-    study, images, key, sizes = make_study(pairs, args.design, presentations, args.margin, args.quiz, args.seed)
-    key_path = args.out.with_suffix(".key.json")
-    if key_path.exists() and score.read_key(key_path)["id"] != key["id"]:
-        raise InputError(f"{key_path} is the key of another study, whose results would be lost with it; give another --out")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+def build(real, synthetic, out, design="pairs", pairs=50, presentations=None, margin=0.1, quiz=False, seed=0):
+    """Writes the page OUT and beside it the key. real, synthetic: lists of folders; the rest is explained by
+    `python -m study build --help`."""
+    if not out.name.endswith(".html"):
+        raise InputError(f"--out {out}: the page is a file that ends in .html")
+    presentations = presentations or (1 if quiz else 2)
+    if quiz and presentations > 1:
+        raise InputError(f"--presentations {presentations}: a quiz tells the answers, so it is presented once")
+    matched = match(read_real(real), read_synthetic(synthetic), pairs + PRACTICE, seed)
+    arrays, sides = read_pixels(matched)
+    check_sides(matched)
+    study, images, key = make_study(matched, arrays, design, presentations, margin, quiz, seed)
+    key_path = out.with_suffix(".key.json")
+    if key_path.exists() and read_key(key_path)["id"] != key["id"]:
+        raise InputError(f"{key_path} is the key of another study, whose results would be lost with it; "
+                         "give another --out")
     cli.write_json(key_path, key)
-    write_page(args.out, study, images, key)
-    size = study["size"]
-    print(f"{args.out}: {len(study['questions'])} questions in each of {presentations} presentations, images of "
-          f"{size}x{size}, {args.out.stat().st_size / 1e6:.1f} MB; for the readers")
-    print(f"{key_path}: the answers; for nobody who reads" + (" (a quiz page holds them as well)" if args.quiz else ""))
-    if max(sizes.values()) > size:
-        print(f"note: sides of {size} to {max(sizes.values())} pixels were all brought to {size}; "
-              "resampling leaves traces, so prepare and draw at one size")
+    write_page(out, study, images, key)
+    size, times = study["size"], f"{presentations} presentation{'s' * (presentations > 1)}"
+    print(f"{out}: {len(study['questions'])} questions in {times}, images of {size}x{size}, "
+          f"{out.stat().st_size / 1e6:.1f} MB; for the readers")
+    print(f"{key_path}: the answers; not for readers" + (" (the page of a quiz holds them too)" if quiz else ""))
+    if max(sides.values()) > size:
+        print(f"note: sides of {size} to {max(sides.values())} pixels were all reduced to {size}; resampling leaves "
+              "traces, so prepare and sample at one size")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Plan
+# Planning
 
-def power(readers, pairs, margin, design):
-    """A table of what a planned study of one presentation would show, for several abilities the readers may have."""
+def print_power(readers, pairs, margin, design):
+    """A table of what a planned study of one presentation would show, for several true accuracies of its readers."""
     n = pairs * (2 if design == "single" else 1)
     kappas = (0, 0.2, 0.4)
-    print(f"The chance that a study of {pairs} pairs ({n} answers a reader), margin {margin:g}, shows\n")
+    print(f"The chance that a study of {pairs} pairs ({n} answers of each reader), margin {margin:g}, shows\n")
     print(f"{'':>14}{'one reader':>26}{f'{readers} together equivalent to chance,':>46}")
     print(f"{'true accuracy':>14}{'equivalent':>13}{'different':>13}"
           + "".join(f"{f'if their kappa is {kappa:g}':>24}" for kappa in kappas))
     for accuracy in (0.5, 0.52, 0.55, 0.6, 0.7):
         alone = agreement.power_alone(accuracy, n, margin)
-        both = [agreement.power_together(accuracy, n, margin, readers, kappa) for kappa in kappas]
-        print(f"{accuracy:14.2f}" + "".join(f"{p:13.2f}" for p in alone) + "".join(f"{p:24.2f}" for p in both))
-    print(f"\nWhere the true accuracy is {0.5 + margin:g} or more, showing equivalence is an error.")
+        all_readers = [agreement.power_together(accuracy, n, margin, readers, kappa) for kappa in kappas]
+        print(f"{accuracy:14.2f}" + "".join(f"{p:13.2f}" for p in alone) + "".join(f"{p:24.2f}" for p in all_readers))
+    print(f"\nWhere the true accuracy is {0.5 + margin:g} or more, showing equivalence is an error. Equivalence is "
+          "withheld where\na single reader differs from chance by Holm's test, which happens in at most 5 % of the "
+          "studies of readers who all guess.")

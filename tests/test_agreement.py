@@ -10,8 +10,8 @@ from study import agreement
 
 
 def test_intervals_and_tests_beside_statsmodels():
-    proportion = pytest.importorskip("statsmodels.stats.proportion")
-    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater")
+    proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is not installed")
+    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater", reason="statsmodels is not installed")
     for right, n in ((0, 7), (7, 7), (29, 50), (3, 40)):
         assert agreement.exact_interval(right, n) == pytest.approx(proportion.proportion_confint(right, n, method="beta"))
         assert agreement.chance_test(right, n) == pytest.approx(proportion.binom_test(right, n, 0.5))
@@ -27,6 +27,18 @@ def test_intervals_and_tests_beside_statsmodels():
         width = theirs.kappa_upp - theirs.kappa_low                  # of the large-sample interval, which is a little short
         assert low < theirs.kappa_low + 0.1 * width and high > theirs.kappa_upp - 0.1 * width
         assert width < high - low < 1.6 * width
+
+
+def test_holm_by_hand_and_beside_statsmodels():
+    """.01 x 4, .02 x 3 = .06, .03 x 2 = .06, .5 x 1; and a smaller product after a larger one is raised to it."""
+    assert agreement.holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert agreement.holm([0.02, 0.021]) == pytest.approx([0.04, 0.04])
+    assert agreement.holm([0.9, 0.8]) == pytest.approx([1, 1])
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 5, 20):
+        p_values = rng.random(m) ** 3
+        assert agreement.holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1])
 
 
 def test_kappa_and_its_interval_by_hand():

@@ -42,26 +42,40 @@ def first(result, **changes):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda r: r | {"study": "0" * 16}, "of another study, 0000000000000000; the key is that of"),
+    (lambda r: r | {"study": "0" * 16}, "of another study, '0000000000000000'; the key is that of"),
     (lambda r: r | {"reader": "B"}, "edited or damaged, its checksum does not fit"),
     (lambda r: r | {"answers": [r["answers"][0] | {"ms": 1}, *r["answers"][1:]]}, "edited or damaged"),
-    (lambda r: sealed(r | {"answers": r["answers"][:6]}), "reader A answered 6 of 12 questions; only whole readings"),
+    (lambda r: sealed(r | {"answers": r["answers"][:6]}), "reader A answered 6 of 12 questions; only complete readings"),
     (lambda r: sealed(r | {"answers": r["answers"][:11] + r["answers"][:1]}), "the same question twice"),
     (lambda r: sealed(r | {"answers": r["answers"] + r["answers"][:1]}), "the same question twice"),
     (lambda r: first(r, answer="elsewhere"), "an answer that the study does not have"),
-    (lambda r: first(r, answer=5), "an answer that the study does not have"),
+    (lambda r: first(r, answer=5), "not in the form in which the page"),
     (lambda r: first(r, shown=["x", "y"], answer="x"), "a question or an answer that the study does not have"),
     (lambda r: first(r, presentation=3), "a question or an answer that the study does not have"),
-    (lambda r: first(r, ms=-1), "answers that the page cannot have written"),
-    (lambda r: first(r, ms="long"), "not as the page writes them"),
-    (lambda r: first(r, shown=None), "not as the page writes them"),
-    (lambda r: first(r, shown=[["x"], "y"], answer="y"), "not as the page writes them"),
-    (lambda r: sealed(r | {"answers": 3}), "not as the page writes them"),
-    (lambda r: sealed(r | {"answers": [3]}), "not as the page writes them"),
-    (lambda r: sealed(r | {"reader": " "}), "no reader"),
-    (lambda r: sealed(r | {"reader": 7}), "not as the page writes them"),
-    (lambda r: {"hello": 1}, "it has no study, reader, answers and checksum"),
-    (lambda r: [r], "not a results file of the page")])
+    (lambda r: first(r, ms=-1), "not in the form in which the page"),
+    (lambda r: first(r, ms="long"), "not in the form in which the page"),
+    (lambda r: first(r, ms=True), "not in the form in which the page"),
+    (lambda r: first(r, ms=float("inf")), "not in the form in which the page"),
+    (lambda r: first(r, presentation=1.0), "not in the form in which the page"),
+    (lambda r: first(r, presentation=True), "not in the form in which the page"),
+    (lambda r: first(r, presentation=10 ** 400), "not in the form in which the page"),
+    (lambda r: first(r, shown=None), "not in the form in which the page"),
+    (lambda r: first(r, shown=[["x"], "y"], answer="y"), "not in the form in which the page"),
+    (lambda r: first(r, more=1), "not in the form in which the page"),
+    (lambda r: sealed(r | {"answers": 3}), "not in the form in which the page"),
+    (lambda r: sealed(r | {"answers": [3]}), "not in the form in which the page"),
+    (lambda r: sealed(r | {"reader": 7}), "not in the form in which the page"),
+    (lambda r: sealed(r | {"started": [[[[]]]]}), "not in the form in which the page"),
+    (lambda r: sealed(r | {"study": "x\ny" * 99}), "results of another study, 'x\\nyx"),
+    (lambda r: sealed(r | {"reader": " "}), "no reader's name"),
+    (lambda r: sealed(r | {"reader": "A" * 61}), "not a name of at most 60 printable characters"),
+    (lambda r: sealed(r | {"reader": "A\nB"}), "not a name of at most 60 printable characters"),
+    (lambda r: sealed(r | {"reader": "A\x1b[31m"}), "not a name of at most 60 printable characters"),
+    (lambda r: sealed(r | {"reader": "\u202eA"}), "not a name of at most 60 printable characters"),
+    (lambda r: sealed(r | {"reader": "\ud800\udfff"[::-1]}), "not a name of at most 60 printable characters"),
+    (lambda r: sealed(r | {"more": {}}), "not a results file of the page; those have answers, checksum"),
+    (lambda r: {"hello": 1}, "not a results file of the page; those have answers, checksum"),
+    (lambda r: [r], "holds list where dict is expected")])
 def test_a_result_that_is_not_whole_and_unedited_is_named(tmp_path, change, message):
     key = made_key()
     path = tmp_path / "result.json"
@@ -76,12 +90,14 @@ def test_a_result_that_is_not_whole_and_unedited_is_named(tmp_path, change, mess
 def test_ratings_outside_the_scale_are_named(tmp_path):
     key = made_key("single")
     path = tmp_path / "result.json"
-    for rating, passes in ((1, True), (6, True), (0, False), (7, False), (2.5, False), ("3", False), (None, False)):
+    possible, form = "an answer that the study does not have", "not in the form in which the page"
+    for rating, message in ((1, None), (6, None), (0, possible), (7, possible), (2.5, form), (3.0, form), (True, form),
+                            ("3", form), (None, form)):
         path.write_text(json.dumps(made_result(key, answer=lambda shown, rng: rating)))
-        if passes:
+        if message is None:
             score.read_result(path, key)
         else:
-            with pytest.raises(InputError, match="an answer that the study does not have"):
+            with pytest.raises(InputError, match=message):
                 score.read_result(path, key)
 
 
@@ -103,17 +119,48 @@ def test_a_key_with_another_margin_than_the_one_given_beforehand_is_refused(tmp_
     key = made_key()
     key["study"]["margin"] = 0.3
     (tmp_path / "key.json").write_text(json.dumps(key))
-    with pytest.raises(InputError, match="its margin and questions are fixed then"):
+    with pytest.raises(InputError, match="margin and questions are fixed when it is built"):
         score.read_key(tmp_path / "key.json")
     key = made_key()
     key["pairs"][0][0] = "elsewhere"
     (tmp_path / "key.json").write_text(json.dumps(key))
     with pytest.raises(InputError, match="not those of its questions"):
         score.read_key(tmp_path / "key.json")
-    for text, message in (("{}", "not a key"), ("text", "not JSON"), ("[1]", "not a key")):
+    for text, message in (("{}", "not a key"), ("text", "not JSON"), ("[1]", "holds list where dict is expected")):
         (tmp_path / "key.json").write_text(text)
         with pytest.raises(InputError, match=message):
             score.read_key(tmp_path / "key.json")
+
+
+@pytest.mark.parametrize("change", [
+    {"pairs": 7}, {"pairs": [7]}, {"pairs": [["a", 7]]}, {"pairs": {}}, {"id": 7}, {"study": []}, {"study": {"design": ["pairs"]}},
+    {"presentations": 2.0}, {"presentations": True}, {"presentations": 10 ** 30}, {"presentations": 0}, {"margin": "0.1"},
+    {"margin": float("nan")}, {"margin": 0.5}, {"quiz": 0}, {"questions": 3}, {"questions": []}, {"questions": [["a"]]},
+    {"questions": [[1, 2]]}, {"design": "triples"}])
+def test_a_key_that_is_not_one_is_one_line(tmp_path, command, change):
+    """Whoever changes a key can also give it the digest that fits."""
+    key = made_key()
+    outer = {name: change[name] for name in ("pairs", "id", "study") if name in change}
+    key["study"] |= {name: value for name, value in change.items() if name not in outer}
+    key = {"id": score.digest(key["study"]), **{name: key[name] for name in ("study", "pairs")}} | outer
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    (tmp_path / "1.json").write_text(json.dumps(made_result(made_key())))
+    status, _, errors = command("study", "score", "1.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
+    assert status == 2 and "key.json: not a key that study build wrote" in errors and len(errors.splitlines()) == 1
+
+
+NESTED = [b"[" * 100_000, b'{"a":' * 100_000, b'{"study":' + b"[" * 900 + b"]" * 900 + b"}"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"\x00" * 99, b"7", b"null", b'"text"', b"9" * 10_000, *NESTED])
+def test_a_file_that_is_no_json_object_is_one_line(tmp_path, command, content):
+    key = made_key()
+    for damaged, whole in (("1.json", "key.json"), ("key.json", "1.json")):
+        (tmp_path / whole).write_text(json.dumps({"key.json": key, "1.json": made_result(key)}[whole]))
+        (tmp_path / damaged).write_bytes(content)
+        status, _, errors = command("study", "score", "1.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
+        assert status == 2 and damaged in errors and len(errors.splitlines()) == 1 and len(errors) < 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "key.json"]
 
 
 # --- the numbers ----------------------------------------------------------------------------------------
@@ -140,8 +187,8 @@ def test_four_pairs_by_hand():
 
 def test_single_images_beside_scikit_learn_and_statsmodels(tmp_path):
     """Three readers of some ability, read back from their files."""
-    metrics = pytest.importorskip("sklearn.metrics")
-    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater")
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater", reason="statsmodels is not installed")
     key = made_key("single", pairs=40)
     synthetic = {name for _, name in key["pairs"]}
 
@@ -203,17 +250,39 @@ def test_score_of_simulated_readers_finds_their_ability():
     assert abs(intra["guess"]) < 0.15 and intra["able"] == pytest.approx(2 * (0.7 ** 2 + 0.3 ** 2) - 1, abs=0.12)
 
 
-def test_the_example_has_the_paper_s_shape_and_says_that_it_is_made_up(tmp_path, command):
+def test_opposite_readers_are_not_together_equivalent_to_chance(tmp_path, capsys):
+    """One is right in 90 %, one in 10 %, and one guesses: the mean is near 1/2 on every pair, and two of the three can tell."""
+    key = made_key(pairs=200)
+    synthetic = {name for _, name in key["pairs"]}
+
+    def able(accuracy):
+        return lambda shown, rng: shown[int((shown[1] in synthetic) == (rng.random() < accuracy))]
+
+    def verdict(**abilities):
+        results = {name: made_result(key, name, i, able(accuracy))["answers"]
+                   for i, (name, accuracy) in enumerate(abilities.items())}
+        score.report(results, key, tmp_path / "score")
+        return json.loads((tmp_path / "score.json").read_text())["together"], capsys.readouterr().out
+
+    numbers, text = verdict(right=0.9, wrong=0.1, guesses=0.5)
+    assert numbers["p_equivalence"] < 0.001 and not numbers["equivalent"]            # the mean alone would have shown it
+    assert numbers["readers_who_differ_from_chance"] == ["right", "wrong"]
+    assert "withheld. Different from chance by Holm's test at 5 %: right, wrong." in text and ": shown" not in text
+    numbers, text = verdict(first=0.5, second=0.5, third=0.5)
+    assert numbers["equivalent"] and numbers["readers_who_differ_from_chance"] == [] and "was built: shown." in text
+
+
+def test_the_example_has_the_paper_s_shape_and_says_that_it_is_simulated(tmp_path, command):
     status, output, errors = command("study", "example", "--out", tmp_path / "example")
     assert status == 0, errors
-    assert output.startswith("MADE UP") and output == (tmp_path / "example.txt").read_text()
+    assert output.startswith("SIMULATED") and output == (tmp_path / "example.txt").read_text()
     numbers = json.loads((tmp_path / "example.json").read_text())
-    assert numbers["made_up"] is True
+    assert numbers["simulated"] is True
     rows = [(r["reader"], r["presentation"], r["n"]) for r in numbers["readers"]]
     assert rows == [(reader, p, 50) for reader in "ABC" for p in (1, 2)]
     assert len(numbers["intra_rater"]) == 3 and len(numbers["inter_rater"]) == 6    # .42 .23 .27, and three a presentation
     with Image.open(tmp_path / "example.png") as image:
-        assert image.text["Title"].startswith("MADE UP") and image.width > 1000
+        assert image.text["Title"].startswith("SIMULATED") and image.width > 1000
         assert np.asarray(image.convert("RGB")).std() > 10
 
 

@@ -12,11 +12,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from common import cli
 from common.cli import InputError
+from radiographs import dicom
 from radiographs.index import COLUMNS, index_row
+from study import __main__ as program
 from study import build, score
 
 SIZE = 64
@@ -61,7 +64,7 @@ def make(real, synthetic, out, *arguments):
     """Builds in this process; returns the page's text, what it holds, and the key."""
     arguments = ["study", "build", "--real", real, "--synthetic", synthetic, "--out", out, *arguments]
     with mock.patch.object(sys, "argv", list(map(str, arguments))):
-        build.main()
+        program.main()
     page = out.read_text()
     content = re.search(r'<script type="application/json" id="study">(.*?)</script>', page, re.S).group(1)
     return page, json.loads(content), score.read_key(out.with_suffix(".key.json"))
@@ -81,9 +84,10 @@ def test_the_page_is_the_same_whichever_folder_is_synthetic(folders, tmp_path, d
     assert len(content["study"]["questions"]) == (7 if design == "pairs" else 14)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_bytes_and_headers_is_at_chance(tmp_path):
     """The same kind of picture, stored in two ways: the files are told apart, what the page holds is not."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import cross_val_score
     rng, n = np.random.default_rng(0), 120
@@ -99,7 +103,7 @@ def test_a_classifier_of_bytes_and_headers_is_at_chance(tmp_path):
         return [len(blob), *values[:64], *np.bincount(values, minlength=256), np.mean(values[1:] == values[:-1]), *more]
 
     def accuracy(rows):
-        forest = RandomForestClassifier(100, random_state=0)
+        forest = RandomForestClassifier(30, random_state=0)
         return cross_val_score(forest, np.array(rows), truth, cv=5).mean()
 
     place = {name: i for i, name in enumerate(content["images"])}
@@ -148,7 +152,7 @@ def test_images_of_two_sizes_are_brought_to_the_smaller(folders, tmp_path, capsy
 def test_a_quiz_holds_its_answers_and_is_not_scored(folders, tmp_path):
     _, content, key = make(*folders, tmp_path / "quiz.html", "--pairs", 4, "--quiz")
     assert json.loads(base64.b64decode(content["answers"])) == [name for _, name in key["pairs"]]
-    with pytest.raises(InputError, match="no blind reading"):
+    with pytest.raises(InputError, match="not a blind reading"):
         score.read_results([], key)
 
 
@@ -157,12 +161,16 @@ def break_metadata(text):
 
 
 @pytest.mark.parametrize("damage, arguments, message", [
-    (None, ["--pairs", 50], "52 pairs are needed, 2 of them to practise on, and only 10 can be matched by view: "
+    (None, ["--pairs", 50], "52 pairs are needed, 2 of them for practice, and only 10 can be matched by view: "
                             "AP 4 real and 4 synthetic, PA 6 real and 6 synthetic, LATERAL 0 real and 0 synthetic"),
     (None, ["--margin", "0.5"], "0.5 is not between 0 and 0.5"), (None, ["--design", "triples"], "'pairs', 'single'"),
     (None, ["--out", "page"], "page is a file that ends in .html"),
-    (None, ["--quiz", "--presentations", 2], "a quiz gives the answers away"),
-    (lambda root: (root / "metadata.csv").unlink(), [], "no metadata.csv, with columns file and view"),
+    (None, ["--quiz", "--presentations", 2], "a quiz tells the answers"),
+    (lambda root: [path.unlink() for path in root.rglob("*.*")], [], "neither an index.csv nor an image in it or below it"),
+    (lambda root: shutil.rmtree(root), [], "synthetic: no such folder"),
+    (None, ["--synthetic", ""], "an empty path"), (None, ["--pairs", "1e3"], "is not a whole number from 1 to 100,000"),
+    (None, ["--pairs", 10 ** 20], "is not a whole number"), (None, ["--margin", "nan"], "is not a number from 0 to 0.5"),
+    (None, ["--presentations", 10 ** 9], "is not a whole number from 1 to 20"),
     (break_metadata("file,view\n../secret.png,PA\n"), [], "line 2: '../secret.png' leaves"),
     (break_metadata("file,view\nimages/000.png,oblique\n"), [],
      "line 2: unknown value 'oblique' for view; accepted: AP, PA, LATERAL"),
@@ -180,10 +188,64 @@ def test_what_cannot_be_built_is_named_and_nothing_is_written(folders, tmp_path,
     usual = ["study", "build", "--real", folders[0], "--synthetic", "synthetic", "--pairs", 4, "--out", "page.html"]
     monkeypatch.setattr(sys, "argv", list(map(str, [*usual, *arguments])))
     with pytest.raises(SystemExit) as stop:
-        cli.run(build.main)
+        cli.run(program.main)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and message in errors and len(errors.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"synthetic"}
+
+
+def scatter(root, real, kind):
+    """Ten pictures below a folder without any table, in two subfolders; DICOM files have no suffix and say their view."""
+    rng = np.random.default_rng(100 + real)
+    for i in range(10):
+        folder = root / f"ward {i % 2}" / "deeper"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = picture(rng)
+        if kind == "dicom":
+            tensor = torch.from_numpy(image.astype(np.float32))[None] * 2 - 1
+            dicom.write(folder / f"{i}", tensor, {"view": ["AP", "PA"][i % 2]}, "nobody", i, "")
+        else:
+            Image.fromarray((image * 255).astype(np.uint8)).save(folder / f"{i}.{kind}")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["dicom", "jpg"])
+def test_any_folder_of_images_with_subfolders_and_dicom(folders, tmp_path, capsys, kind):
+    synthetic = scatter(tmp_path / "synthetic", False, kind)
+    _, _, key = make(folders[0], synthetic, tmp_path / "page.html", "--pairs", 6, "--seed", 1)
+    views = {str(r["path"]): r["view"] for r in build.read_synthetic([folders[0]])}
+    for real_name, name in key["pairs"]:
+        path = key["files"][name]
+        assert path.startswith(str(synthetic))
+        if kind == "dicom":                                          # even numbers are AP
+            assert views[key["files"][real_name]] == ["AP", "PA"][int(path[-1]) % 2]
+    said = capsys.readouterr().out
+    assert ("views of one side are not known" in said) == (kind == "jpg")
+    assert ("do not say in their header" in said) == (kind == "jpg")
+    _, _, key = make(scatter(tmp_path / "real", True, "jpg"), synthetic, tmp_path / "other.html", "--pairs", 8)
+    assert "real has no index.csv, so whether a model was trained on these images is not known" in capsys.readouterr().out
+    assert all(str(tmp_path / "real") in key["files"][name] for name, _ in key["pairs"])
+
+
+def test_sides_given_the_wrong_way_round_are_noticed(folders, tmp_path):
+    rng = np.random.default_rng(2)
+    marked = write_folder(tmp_path / "marked", [picture(rng) for _ in range(6)], ["PA"] * 6, Synthetic="yes")
+    scattered = scatter(tmp_path / "dicom", False, "dicom")
+    for synthetic in (marked, scattered):
+        make(folders[0], synthetic, tmp_path / f"{synthetic.name}.html", "--pairs", 3)       # the right way round
+        with pytest.raises(InputError, match="says in its header that it is synthetic; are --real and --synthetic the wrong"):
+            make(synthetic, folders[0], tmp_path / "page.html", "--pairs", 3)
+    with pytest.raises(InputError, match="says in its header that it is synthetic$"):        # not swapped: both synthetic
+        make(marked, scattered, tmp_path / "page.html", "--pairs", 1)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_real_images_must_be_held_out(folders, tmp_path):
+    real = shutil.copytree(folders[0], tmp_path / "real")
+    (real / "index.csv").write_text((real / "index.csv").read_text().replace(",test,", ",train,"))
+    with pytest.raises(InputError, match="no image of the split test"):
+        make(real, folders[1], tmp_path / "page.html", "--pairs", 4)
 
 
 def test_a_key_is_not_overwritten_by_another_study(folders, tmp_path):
@@ -238,6 +300,7 @@ class Page:
         raise AssertionError("nothing was downloaded")
 
 
+@pytest.mark.slow
 def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, browser):
     _, content, key = make(*folders, tmp_path / "page.html", "--pairs", 4, "--seed", 1)
     page = Page(browser, tmp_path / "page.html")
@@ -299,6 +362,7 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+@pytest.mark.slow
 def test_single_images_by_mouse_from_the_first_click_to_the_score(folders, tmp_path, browser, command):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
@@ -362,6 +426,7 @@ def test_the_quiz_says_what_was_right(folders, tmp_path, browser):
     assert page["end-text"].text == "2 of 3 right." and not page["download"].is_displayed()
 
 
+@pytest.mark.slow
 def test_everything_has_a_name_and_fits_a_tablet(folders, tmp_path, browser):
     """Every control has a label for a screen reader, is big enough to touch, and nothing is wider than the screen."""
     for design in ("pairs", "single"):
@@ -395,7 +460,7 @@ def test_power_of_a_plan(command, capsys):
     assert rows["0.50"][1] <= 0.05 < 0.7 < rows["0.70"][1]
     together = np.array([rows[accuracy][2:] for accuracy in rows])
     assert (np.diff(together[:2], axis=1) < 0).all()                 # readers who agree are worth fewer
-    build.power(3, 50, 0.1, "single")
+    build.print_power(3, 50, 0.1, "single")
     double = capsys.readouterr().out
-    build.power(3, 100, 0.1, "pairs")
+    build.print_power(3, 100, 0.1, "pairs")
     assert double.splitlines()[2:] == capsys.readouterr().out.splitlines()[2:]
