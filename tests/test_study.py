@@ -306,7 +306,7 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
     page = Page(browser, tmp_path / "page.html")
     assert page.title() == "Real or synthetic?"
     page.press("tab", "Dr. Ä <1>", "enter")
-    assert page.title() == "First a little practice"
+    assert page.title() == "Practice first"
     page.press("tab", "enter")
     for i in range(build.PRACTICE):
         assert page.title() == f"Practice, {build.PRACTICE - i} to go" and page.shown() not in content["study"]["questions"]
@@ -352,7 +352,7 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
         said.append((page.shown(), page.shown()[side]))
         page.press("12"[side], "enter")
         assert page["said"].text == ""                               # no feedback
-    assert page.title() == "Thank you, that was all"
+    assert page.title() == "Thank you, that was the last question"
 
     result = score.read_result(page.download(), key)
     assert result["reader"] == "Dr. Ä <1>" and [(a["shown"], a["answer"]) for a in result["answers"]] == said
@@ -412,18 +412,36 @@ def test_every_reader_and_presentation_has_its_own_order_and_sides(folders, tmp_
     assert page["reader"].get_attribute("required")
 
 
-def test_the_quiz_says_what_was_right(folders, tmp_path, browser):
-    _, _, key = make(*folders, tmp_path / "quiz.html", "--pairs", 3, "--quiz")
+def test_the_quiz_says_what_was_right_shows_what_was_missed_and_can_be_played_again(folders, tmp_path, browser):
+    _, content, key = make(*folders, tmp_path / "quiz.html", "--pairs", 3, "--quiz")
     page, synthetic = Page(browser, tmp_path / "quiz.html"), {name for _, name in key["pairs"]}
     assert "its source holds the answers" in page["privacy"].text
     page.press("tab", "player", "enter")
     for i, right in enumerate([True, False, True]):
         assert page.title() == f"Question {i + 1} of 3"
         side = [name in synthetic for name in page.shown()].index(right)
+        if i == 1:
+            second, side_of_second = page.shown(), side
         page.press("12"[side], "enter")
         assert page["said"].text.startswith("Right" if right else "Wrong")
         page.press("enter")
-    assert page["end-text"].text == "2 of 3 right." and not page["download"].is_displayed()
+    assert page.title() == "2 of 3 right" and not page["download"].is_displayed()
+    assert page["end-text"].text == "You missed 1; the synthetic image of each pair has a yellow frame."
+    missed, = page["misses"].find_elements("tag name", "figure")     # the second question, on which the real one was chosen
+    canvases = missed.find_elements("tag name", "canvas")
+    assert [canvas.accessible_name for canvas in canvases] == [["real", "synthetic"][name in synthetic] for name in second]
+    assert missed.text == f"You chose the {['left', 'right'][side_of_second]} one."
+    shown = browser.execute_script("""return arguments[0].map(canvas =>
+        [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0))""",
+                                   canvases)
+    for pixels, name in zip(shown, second):
+        assert bytes(pixels) == base64.b64decode(content["images"][name])
+    page.press("tab", "enter")                                       # play again, and miss nothing
+    for i in range(3):
+        assert page.title() == f"Question {i + 1} of 3"
+        page.press("12"[[name in synthetic for name in page.shown()].index(True)], "enter", "enter")
+    assert page.title() == "3 of 3 right" and page["end-text"].text == "You missed none."
+    assert not page["misses"].find_elements("tag name", "figure")
 
 
 @pytest.mark.slow
