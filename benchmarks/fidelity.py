@@ -98,7 +98,7 @@ def main():
         print(f"{name:34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*value):>18}" for value in row.values()))
 
     with tempfile.TemporaryDirectory() as folder:
-        how, names = sample.how_drawn(args.weights, steps=25, solver="euler", guidance=2.0), [f"{i:04}" for i in range(len(b))]
+        how, names = sample.provenance(args.weights, steps=25, solver="euler", guidance=2.0), [f"{i:04}" for i in range(len(b))]
         (Path(folder) / "images").mkdir()
         for item in zip(names, drawn, asked, seeds):
             sample.write_image(Path(folder), *item, how)

@@ -71,7 +71,7 @@ def main():
     latent = torch.randn(args.batch, model.config.channels, *model.config.grid, device=device)
 
     def draw(interval=(0, 1)):
-        sample.generate(model, decoder, records, seeds, args.steps, 2.0, "euler", args.batch, interval=interval)
+        sample.generate(model, decoder, records, seeds, steps=args.steps, batch=args.batch, interval=interval)
 
     @torch.no_grad()
     def decode():

@@ -49,7 +49,8 @@ def draw(model, decoder, asked, seeds, guidance, folder):
             path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
             if not path.exists():
                 with tqdm(desc=path.stem, unit="evaluation", total=evaluations_of(solver, steps)) as bar:
-                    images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps, guidance, solver, 16, bar.update)
+                    images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps=steps, guidance=guidance,
+                                                solver=solver, batch=16, report=bar.update)
                 safetensors.torch.save_file({"images": images}, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)
             drawn[solver, steps].append(safetensors.torch.load_file(path)["images"])

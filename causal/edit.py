@@ -257,7 +257,7 @@ def edit_command(args):
         return Image.fromarray(pixels.to_bytes(image))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    how = sample.how_drawn(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, depth=args.depth)
+    how = sample.provenance(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance, depth=args.depth)
     text = sample.text_fields(how)
     if args.sweep:
         strip = {f"age {record['age']:g}": picture(e) for record, e in zip(records, edited)}

@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 import safetensors
@@ -35,6 +36,9 @@ def run(main):
         print(f"{program_name()}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
                                       FileExistsError)) else 1)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{program_name()}: error: out of memory: {str(error)[:200]}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -160,18 +164,53 @@ def locked(folder):
         os.close(handle)
 
 
+def new_folder(name):
+    """Makes and returns out/NAME-1, or the first of out/NAME-2, out/NAME-3, ... that is not there yet."""
+    number = 1
+    while True:
+        try:
+            (folder := Path("out") / f"{name}-{number}").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
 # ---------------------------------------------------------------------------------------------------------
+# Where to compute
 
 def pick_device():
-    """The device of this process (under torchrun each has a GPU of its own), and whether it multiplies bfloat16 matrices faster
-    than float32 ones."""
-    device = torch.device("cpu")
+    """The device of this process (under torchrun each has a GPU of its own), and whether it multiplies bfloat16
+    matrices faster than float32 ones."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available():  # Apple's GPUs, in float32; not tested here
+    elif torch.backends.mps.is_available():  # Apple's GPUs, in float32; not tested on one
         device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+        use_idle_cores()
     return device, fast_bf16(device)
+
+
+def use_idle_cores():
+    """As many threads as cores are idle, at least one. The threads of a matrix product wait for the slowest of them: on
+    cores that others keep busy, two take longer than one. OMP_NUM_THREADS overrides it; only Linux tells (/proc/stat)."""
+    if "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists():
+        return
+    before, seconds = idle_seconds(), 0.2
+    time.sleep(seconds)
+    idle, threads = (idle_seconds() - before) / seconds, torch.get_num_threads()
+    if round(idle) < threads:
+        torch.set_num_threads(max(1, round(idle)))
+        print(f"{torch.get_num_threads()} of {threads} threads, since other programs keep the cores busy; "
+              f"OMP_NUM_THREADS={threads} would use all", file=sys.stderr)
+
+
+def idle_seconds():
+    """For how many seconds, summed over the cores that this process may use, nothing has run since the system started."""
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    return sum(int(line[4]) for line in lines if line[0] in cores) / os.sysconf("SC_CLK_TCK")
 
 
 def fast_bf16(device):

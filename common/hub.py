@@ -1,24 +1,24 @@
 """A model is a folder: config.json (its dataclass) beside model.safetensors (its tensors). Nothing is unpickled.
 
-Loading is strict: an unknown or missing key in the config, a missing, extra or misshapen tensor, a truncated file
-is one clear line (InputError), never a partly loaded model. Weights are stored in bfloat16 and run in float32.
+Loading is strict: an unknown key in the config or a missing one, a missing, extra or misshapen tensor, a number that is
+not finite, a truncated file is one clear line (InputError), never a partly loaded model. Only keys whose default is
+empty may be missing: weights older than the field say nothing of it. Weights are stored in bfloat16 and run in float32.
 
-Wherever a folder is read, a folder on the Hugging Face Hub may stand: ORG/NAME, or ORG/NAME/FOLDER, or ORG/NAME@REVISION (a
-branch, a tag or a commit). Its files are downloaded once, an interrupted download is continued, and then they are taken from
-huggingface_hub's cache, without a network; HF_HUB_OFFLINE=1 asks for nothing else.
+Wherever a folder is read, a repository on the Hugging Face Hub may stand: ORG/NAME or ORG/NAME@REVISION (a branch, a tag
+or a commit). Its files are downloaded once, an interrupted download is continued, and from then on they come from
+huggingface_hub's cache, without a network, and ORG/NAME/FOLDER names a folder in it. HF_HUB_OFFLINE=1 downloads nothing.
 """
 import dataclasses
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import safetensors
 import safetensors.torch
 import torch
 
-from common.cli import InputError, write_json
+from common.cli import InputError, read_json, whole_file, write_json
 
 
 def find(place, *names):
@@ -27,10 +27,13 @@ def find(place, *names):
     for name in names:
         if (place / name).is_file():
             return place / name
-    # A name on the Hub has two parts; `runs/vea` beside a folder `runs` is a slip of the pen and asks nobody.
+    # A name on the Hub has two parts. A path whose first folder is here is a path with an error in it, and so is a longer
+    # one, unless it continues the name of a repository that was downloaded before: such paths are not looked for there.
     if len(place.parts) < 2 or Path(place.parts[0]).exists():
         return None
     repository, _, revision = "/".join(place.parts[:2]).partition("@")
+    if len(place.parts) > 2 and not in_cache(repository):
+        return None
     at = {"revision": revision or None}
     for name in names:
         file = "/".join([*place.parts[2:], name])
@@ -50,6 +53,11 @@ def find(place, *names):
     return None
 
 
+def in_cache(repository):
+    """Whether huggingface_hub's cache holds files of ORG/NAME."""
+    return (Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}").is_dir()
+
+
 def save_model(model, folder, dtype=torch.bfloat16):
     """Writes model.config and the model's tensors into `folder`."""
     folder = Path(folder)
@@ -59,34 +67,55 @@ def save_model(model, folder, dtype=torch.bfloat16):
 
 
 def save_tensors(tensors, path, dtype=torch.bfloat16):
-    """Writes to a temporary name, then renames; integers keep their type."""
+    """Writes floating-point tensors as `dtype`; integers keep their type."""
     tensors = {name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
                for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors))  # save_file would make a file that only its owner can read
 
 
 def load_model(build, config_class, folder):
     """The model build(config) with the weights in `folder`, in float32, in eval mode."""
-    config, weights = find(folder, "config.json"), find(folder, "model.safetensors")
-    for name, file in (("config.json", config), ("model.safetensors", weights)):
+    config_file, weights = find(folder, "config.json"), find(folder, "model.safetensors")
+    for name, file in (("config.json", config_file), ("model.safetensors", weights)):
         if not file:
             raise InputError(f"{folder}: no {name}; a model is a folder with config.json and model.safetensors")
+    values = read_json(config_file)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if wrong := (set(values) - known) | (known - set(values) - keys_that_may_be_missing(config_class)):
+        raise InputError(f"{config_file}: keys {sorted(wrong)} are unknown or missing; the keys are {sorted(known)}")
     try:
-        values = json.loads(config.read_text())
-        known = {field.name for field in dataclasses.fields(config_class)}
-        if not isinstance(values, dict) or set(values) != known:
-            raise ValueError(f"keys {sorted(set(values) ^ known)} are unknown or missing; the keys are {sorted(known)}")
-        model = build(config_class(**values))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{config}: {error}") from None
-    return load_tensors(model, weights)
+        config = config_class(**values)
+        with torch.device("meta"):                                   # shapes only: no memory before the file fits
+            expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
+    except Exception as error:  # what a layer raises for a width of 0 or a list where a number belongs is its own affair
+        raise InputError(f"{config_file}: {' '.join(str(error).split())[:300]}") from None
+    try:
+        with safetensors.safe_open(weights, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: truncated or no safetensors file: {' '.join(str(error).split())[:300]}") from None
+    if differing := [name for name in sorted({**expected, **found}) if expected.get(name) != found.get(name)]:
+        name = differing[0]
+        raise InputError(f"{weights}: not of this architecture: {name} has shape {found.get(name, 'none')}, "
+                         f"{config_file.name} says {expected.get(name, 'none')}")
+    return load_tensors(build(config), weights)
+
+
+def keys_that_may_be_missing(config_class):
+    """The fields whose default is empty: None, or nothing in a list, tuple or dict."""
+    defaults = {field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                for field in dataclasses.fields(config_class)}
+    return {name for name, default in defaults.items() if default is None or default in ([], (), {})}
 
 
 def load_tensors(model, file, rename=lambda tensors: tensors):
     """Fills the model from a file, strictly, in eval mode."""
     try:
-        model.load_state_dict(rename(safetensors.torch.load_file(file)))
+        tensors = safetensors.torch.load_file(file)
+        if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise InputError(f"{file}: {damaged[0]} holds numbers that are not finite")
+        model.load_state_dict(rename(tensors))
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: truncated or not of this architecture: {reason[:300]}") from None

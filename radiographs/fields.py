@@ -72,6 +72,10 @@ def parse_items(items, flag, datasets=DATASETS):
         if "=" not in item:
             raise InputError(f"{flag} {item}: not of the form FIELD=VALUE, such as pneumonia=positive")
         field, text = item.split("=", 1)
+        if field in record:
+            raise InputError(f"{flag} {item}: {field} is given twice")
+        if not text.strip():
+            raise InputError(f"{flag} {item}: no value for {field}; leave the option out, or say unknown")
         record[field] = parse_value(field, text, datasets)
     return drop_unknown(record)
 

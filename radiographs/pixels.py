@@ -14,7 +14,7 @@ import pydicom
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from pydicom.pixels import apply_modality_lut, apply_voi, get_decoder
 
 MAX_PIXELS = 10_000 ** 2  # the largest detectors have a quarter of that; a decompression bomb has more
@@ -179,11 +179,34 @@ def jitter(images, generator):
     return ((moved + 1) / 2) ** (1.2 ** gamma).view(-1, 1, 1, 1) * 2 - 1
 
 
-def grid(images, columns=None):
-    """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black."""
+def grid(images, columns=None, captions=None):
+    """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black. `captions`, one text an
+    image, stand below the images if these are wide enough for words."""
+    if captions and images.shape[-1] >= 96:
+        images = torch.cat([images, render_captions(captions, images.shape[-1])], dim=2)
     columns = columns or math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
     empty = -torch.ones(rows * columns - len(images), *images.shape[1:], device=images.device)
     return rearrange(torch.cat([images, empty]), "(r c) 1 h w -> 1 (r h) (c w)", c=columns)
 
 
+def render_captions(captions, width):
+    """Texts as white on black strips (N, 1, h, width) in [-1, 1], broken into as many lines as the longest one needs."""
+    font = ImageFont.load_default(size=max(10, width // 20))
+    broken = []
+    for text in captions:
+        lines = [""]
+        for word in text.split():
+            if font.getlength(f"{lines[-1]} {word}") < width - 4:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+            else:
+                lines.append(word)
+        broken.append(lines)
+    line_height = round(font.size * 1.4)
+    strips = []
+    for lines in broken:
+        strip = Image.new("L", (width, line_height * max(map(len, broken)) + 4))
+        for i, line in enumerate(lines):
+            ImageDraw.Draw(strip).text((2, 2 + i * line_height), line, fill=255, font=font)
+        strips.append(torch.from_numpy(np.array(strip)).float()[None] / 127.5 - 1)  # 1 h W
+    return torch.stack(strips)

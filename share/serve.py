@@ -79,7 +79,7 @@ class Server(socketserver.ThreadingTCPServer):
         device, bf16 = cli.pick_device()
         for module in filter(None, (self.model, self.decoder)):
             module.to(device)
-        self.how = sample.how_drawn(weights, solver="euler", interval=[0, 1], precision="bfloat16" if bf16 else "float32")
+        self.how = sample.provenance(weights, solver="euler", interval=[0, 1], precision="bfloat16" if bf16 else "float32")
         self.waiting, self.turn = [], threading.Condition()          # tickets, the first of which draws
         self.kept, self.temporary = deque(), tempfile.TemporaryDirectory()
         self.folder = Path(self.temporary.name)
@@ -205,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.tell(done=done, of=of)
             for start in range(0, n, AT_A_TIME):
                 part = slice(start, start + AT_A_TIME)
-                images, _ = sample.generate(server.model, server.decoder, records[part], seeds[part], steps, guidance, report=step)
+                images, _ = sample.generate(server.model, server.decoder, records[part], seeds[part], steps=steps,
+                                            guidance=guidance, report=step)
                 for image, asked, number in zip(images, records[part], seeds[part]):
                     self.tell(image=server.keep(image, asked, number, how), seed=number, metadata=asked)
         except Gone:

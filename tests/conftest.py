@@ -10,6 +10,9 @@ import threading
 import traceback
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import: each of pytest's workers has one core
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 
@@ -98,15 +101,27 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def hub_server(tmp_path, monkeypatch):
-    """Serves tmp_path/served/ORG/NAME/... as the Hub does, for commands started meanwhile; yields (server, requests, drops)."""
+    """Serves tmp_path/served/ORG/NAME/... as the Hub does, to this process and to commands started meanwhile; yields
+    (server, requests, drops)."""
     requests, drops = [], {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), loopback.handler(tmp_path / "served", requests, drops))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # huggingface_hub read its environment when this process imported it.
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
+    huggingface_hub.utils.close_session()                            # the next one sees NO_PROXY
     yield server, requests, drops
+    huggingface_hub.utils.close_session()
     server.shutdown()
     server.server_close()

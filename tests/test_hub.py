@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -84,6 +85,53 @@ def test_a_config_that_is_not_json_or_of_another_shape_is_refused(folder):
         load(folder)
 
 
+@dataclasses.dataclass
+class Config:
+    width: int = 2
+    notes: list = dataclasses.field(default_factory=list)
+    pairs: dict = dataclasses.field(default_factory=dict)
+
+
+class Line(torch.nn.Linear):
+    def __init__(self, config):
+        super().__init__(config.width, config.width)
+        self.config = config
+
+
+def test_a_key_whose_default_is_empty_may_be_missing_and_no_other(tmp_path):
+    """So that weights saved before a field existed are still loaded, and none is loaded as something else."""
+    hub.save_model(Line(Config(2, [1], {"a": 1})), tmp_path)
+    edit_config(tmp_path, notes=None, pairs=None)
+    assert hub.load_model(Line, Config, tmp_path).config == Config(2, [], {})
+    edit_config(tmp_path, width=None)
+    with pytest.raises(InputError, match="'width'.*unknown or missing"):
+        hub.load_model(Line, Config, tmp_path)
+
+
+@pytest.mark.parametrize("width", [-1, 1.5, "2", [2], {}, True, 3, 10 ** 7])
+def test_a_config_with_a_value_that_does_not_fit_is_refused_before_memory_is_taken(tmp_path, width):
+    hub.save_model(Line(Config(2)), tmp_path)
+    edit_config(tmp_path, width=width)                               # 10 ** 7 squared would take 400 TB
+    with pytest.raises(InputError, match="config.json|not of this architecture"):
+        hub.load_model(Line, Config, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight"))
+    tensors[name].view(-1)[-1] = torch.nan
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} holds numbers that are not finite"):
+        load(folder)
+
+
+def test_saved_files_have_the_mode_that_new_files_have(tmp_path):
+    (tmp_path / "new").touch()
+    hub.save_model(RadVAE(SMALL), tmp_path / "m")
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *(tmp_path / "m").iterdir())}
+    assert len(modes) == 1
+
+
 def test_the_fingerprint_follows_the_weights(folder, tmp_path):
     before = hub.fingerprint(folder)
     hub.save_model(load(folder), tmp_path / "copy")
@@ -130,7 +178,7 @@ def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path
     assert status == 2 and len(errors.splitlines()) == 1 and "org/other: no such folder here, and not to be had" in errors
 
 
-def test_a_misspelt_path_asks_nobody(tmp_path, monkeypatch):
+def test_a_mistake_in_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/vae").mkdir(parents=True)
     (tmp_path / "runs/vae/b").write_text("b")
@@ -138,14 +186,17 @@ def test_a_misspelt_path_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.huggingface_hub, "file_exists", lambda *args, **at: asked.append((*args, at["revision"])))
     monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args, **at: "/".join(args))
     assert hub.find("runs/vae", "a", "b") == Path("runs/vae/b")
-    for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae"):
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae", "run/vae/weights/vae", "org/name/radit"):
         assert hub.find(place, "a") is None and not asked
+    (tmp_path / "cache/models--org--name").mkdir(parents=True)       # downloaded before: now its folders may be asked for
     assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a", None)]
     assert hub.find("org/name@v1/radit", "a") and asked[1] == ("org/name", "radit/a", "v1")
 
 
 LOAD = """
-import sys, huggingface_hub.constants, hub, vae, cli
+import sys, huggingface_hub.constants, vae
+from common import cli, hub
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096     # what it keeps of a broken download are whole chunks, of 10 MiB else
 for place in sys.argv[1:]:
     try:
@@ -158,7 +209,8 @@ for place in sys.argv[1:]:
 
 def load_all(*places, **environment):
     """What loading each place from the Hub comes to, in a process of its own: HF_ENDPOINT is read when it starts."""
-    done = subprocess.run([sys.executable, "-c", LOAD, *places], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    done = subprocess.run([sys.executable, "-c", LOAD, *places], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
 
@@ -174,7 +226,8 @@ def test_revisions_resumed_downloads_and_what_can_be_wrong(tmp_path, hub_server)
     (root / "missing/model.safetensors").unlink()
     edit_config(root / "wrong", colour="blue")
     drops["model.safetensors"] = 1                                   # the first download of the first model breaks off
-    lines, errors = load_all("org/good", "org/good@v1", "org/good@v2", "org/cut", "org/missing", "org/wrong", "org/none", TQDM_POSITION="-1")
+    lines, errors = load_all("org/good", "org/good@v1", "org/good@v2", "org/cut", "org/missing", "org/wrong", "org/none",
+                             TQDM_POSITION="-1")
     assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")] and len(lines) == 7
     half = (root / "good/model.safetensors").stat().st_size // 2
     assert f"GET model.safetensors bytes={half // 4096 * 4096}-" in requests

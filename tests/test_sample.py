@@ -20,7 +20,7 @@ import sample
 import vae
 from common import cli, hub
 from radiographs import fields
-from radiographs.index import COLUMNS, index_row, read_index
+from radiographs.index import read_index
 
 DEMO = ROOT / "weights/demo"
 
@@ -64,16 +64,18 @@ def test_an_image_costs_the_passes_that_are_reported(weights, solver, interval):
     model, decoder = sample.load_weights(weights)
     ran = []
     model.register_forward_hook(lambda module, inputs, output: ran.append(len(output)))
-    wishes = [{"sex": "male"}] * 5, list(range(5))
-    images, _ = sample.generate(model, decoder, *wishes, 7, 3.0, solver, 2, interval=interval)
+    requests = [{"sex": "male"}] * 5, list(range(5))
+    images, _ = sample.generate(model, decoder, *requests, steps=7, guidance=3.0, solver=solver, batch=2,
+                                interval=interval)
     assert sum(ran) == 5 * flow.count_network_calls(flow.time_grid(7, 2.0), solver, 3.0, interval)
-    unguided, _ = sample.generate(model, decoder, *wishes, 7, 1.0, solver, 2)
+    unguided, _ = sample.generate(model, decoder, *requests, steps=7, guidance=1.0, solver=solver, batch=2)
     assert torch.equal(images, unguided) == (interval[0] == 0.999)   # no step lies there
 
 
 def test_bfloat16_gives_nearly_the_same_image(weights):
     model, decoder = sample.load_weights(weights)
-    exact, rounded = (sample.generate(model, decoder, [{}] * 3, [0, 1, 2], 4, bf16=bf16)[0] for bf16 in (False, True))
+    exact, rounded = (sample.generate(model, decoder, [{}] * 3, [0, 1, 2], steps=4, bf16=bf16)[0]
+                      for bf16 in (False, True))
     assert exact.dtype == rounded.dtype == torch.float32
     difference = (exact - rounded).square().mean().sqrt()
     assert 1e-4 < difference < 0.05 * exact.std()                    # bfloat16 keeps 8 bits; not the same, but near
@@ -112,7 +114,7 @@ def test_the_batch_that_fits_is_estimated_from_what_a_forward_pass_holds(monkeyp
     assert sample.fitting_batch(cfg, gpu) == 1
     memory = 1e15
     assert sample.fitting_batch(cfg, gpu) == 64
-    assert sample.fitting_batch(cfg, torch.device("cpu")) == 16
+    assert sample.fitting_batch(cfg, torch.device("cpu")) == sample.fitting_batch(cfg, torch.device("mps")) == 16
 
 
 def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, command):
@@ -133,36 +135,41 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
     assert Image.open(tmp_path / "out/grid.png").size == (64, 64)
 
 
-def test_without_a_wish_each_image_asks_for_an_example(weights, tmp_path, command):
+def test_with_nothing_asked_each_image_takes_an_example(weights, tmp_path, command):
     assert command("sample.py", "--weights", weights, "--n", 3, "--steps", 1, "--out", tmp_path)[0] == 0
     rows = list(csv.DictReader(open(tmp_path / "metadata.csv")))
     assert [r["age"] for r in rows] == ["30.0", "", "30.0"] and [r["view"] for r in rows] == ["", "PA", ""]
 
 
-def test_like_asks_for_rows_of_an_index_and_writes_a_prepared_source(weights, tmp_path, command):
-    records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i, "sex": "male",
-                "race": "black"} for i in range(4)]                  # the weights were never taught a race
-    cli.write_csv(tmp_path / "index.csv", COLUMNS, map(index_row, records))
-    status, output, errors = command("sample.py", "--weights", weights, "--like", tmp_path, "--split", "test", "--n", 6, "--steps", 1,
+def test_a_table_is_sampled_row_by_row_and_the_folder_is_a_prepared_source(weights, tmp_path, command):
+    cli.write_csv(tmp_path / "table.csv", ["age", "sex"], [[31, "male"], [32, "female"], [33, "male"]])
+    status, output, errors = command("sample.py", "--weights", weights, "--metadata", tmp_path / "table.csv", "--steps", 1,
                                      "--view", "PA", "--out", tmp_path / "out")
     assert status == 0, errors
-    assert "6 of 24 values were not covered" in output
     found = read_index(tmp_path / "out")
-    assert sorted(r["age"] for r in found[:3]) == sorted(r["age"] for r in found[3:]) == [31, 32, 33]
-    assert all(r["view"] == "PA" and r["sex"] == "male" and "race" not in r for r in found)
-    assert len(data.Radiographs([tmp_path / "out"], "train")) == 6 and len({r["patient"] for r in found}) == 6
+    assert [(r["age"], r["sex"]) for r in found] == [(31, "male"), (32, "female"), (33, "male")]
+    assert all(r["view"] == "PA" and r["split"] == "train" for r in found)
+    assert len(data.Radiographs([tmp_path / "out"], "train")) == 3 and len({r["patient"] for r in found}) == 3
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--steps", "-1"], "-1 is not a whole number above 0"), (["--n", "0"], "0 is not a whole number above 0"),
-    (["--steps", "many"], "invalid positive value: 'many'"), (["--guidance", "nan"], "--guidance nan is not a finite number"), (["--solver", "rk4"], "'euler', 'heun'"),
+    (["--steps", "-1"], "--steps: '-1' is not a whole number from 1 to 1,000"), (["--n", "0"], "'0' is not a whole number"),
+    (["--n", "99999999999999999999"], "from 1 to 1,000,000"), (["--batch", "99999999999999999999"], "from 1 to 4,096"),
+    (["--seed", "-1"], "--seed: '-1' is not a whole number from 0"), (["--seed", str(2 ** 63)], "is not a whole number"),
+    (["--steps", "many"], "--steps: 'many' is not a whole number"), (["--solver", "rk4"], "'euler', 'heun'"),
+    (["--guidance", "nan"], "--guidance: 'nan' is not a number from -100 to 100"), (["--guidance", "1e38"], "from -100"),
+    (["--guidance", "1", "--guidance-interval", "0", ".5"], "--guidance 1 is off"),
+    (["--sex", ""], "--sex is empty"), (["--out", ""], "an empty path"), (["--set", "sex="], "no value for sex"),
+    (["--set", ""], "not of the form FIELD=VALUE"), (["--sex", "male", "--set", "sex=female"], "sex is given twice"),
+    (["--metadata", ""], "no such file"),
     (["--set", "colour=red"], "unknown field 'colour'; the fields are dataset, age"),
     (["--set", "pneumonia"], "not of the form FIELD=VALUE"),
     (["--view", "oblique"], "unknown value 'oblique' for view; accepted: AP, PA, LATERAL"),
     (["--dataset", "elsewhere"], "accepted: MIMIC-CXR"),
     (["--view", "LATERAL"], "view=LATERAL was not covered by the training data of these weights; covered: PA"),
     (["--race", "white"], "says nothing of race"), (["--age", "90"], "age 90 was not covered"),
-    (["--weights", "nowhere"], "nowhere: no radit/ in it"), (["--out", "file/out"], "file/out: Not a directory")])
+    (["--weights", "nowhere"], "nowhere: no radit/ in it"), (["--out", "file/out"], "file/out: Not a directory"),
+    (["--weights", ""], "no radit/ in it"), (["--out", "file"], "file: File exists")])
 def test_bad_input_is_one_line_and_nothing_is_written(weights, tmp_path, command, arguments, message):
     (tmp_path / "file").write_text("a file where the output should go")
     status, _, errors = command("sample.py", "--weights", weights, "--n", 1, "--steps", 1, *arguments, cwd=tmp_path)
@@ -199,7 +206,7 @@ def test_only_covered_values_pass():
 
 # --- cohorts: long runs ---------------------------------------------------------------------------------
 
-HOW = {"weights": "random", "fingerprint": "f" * 16, "steps": 2, "solver": "euler", "guidance": 2.0,
+SETTINGS = {"weights": "random", "fingerprint": "f" * 16, "steps": 2, "solver": "euler", "guidance": 2.0,
        "interval": [0, 1], "precision": "float32"}
 RECORDS, SEEDS = [{"age": 20.0 + i} for i in range(10)], list(range(5, 15))
 
@@ -210,51 +217,51 @@ def contents(folder):
 
 def test_an_interrupted_run_continues_to_the_same_bytes(weights, tmp_path, monkeypatch):
     model, decoder = sample.load_weights(weights)
-    assert sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (10, 2)
+    assert sample.sample_folder(tmp_path / "a", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (10, 2)
     expected = contents(tmp_path / "a")
     assert {"images/0009.png", "dicom/0009.dcm", "index.csv", "metadata.csv", "grid.png"} < set(expected) and len(expected) == 24
     generate, calls = sample.generate, []
 
-    def stopped(*arguments):
+    def stopped(*arguments, **options):
         calls.append(arguments[3])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(sample, "generate", stopped)
     with pytest.raises(KeyboardInterrupt):
-        sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True)
+        sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True)
     assert len(list((tmp_path / "b/images").iterdir())) == 4 and not (tmp_path / "b/index.csv").exists()
     (tmp_path / "b/images/0002.png").unlink()                        # stopped in the midst of a batch
-    assert sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (7, 2)
+    assert sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (7, 2)
     assert calls[2:] == [SEEDS[:4], SEEDS[4:8], SEEDS[8:]]           # whole batches, at the same places
     assert contents(tmp_path / "b") == expected
-    assert sample.draw(tmp_path / "b", model, decoder, RECORDS, SEEDS, HOW, 4, as_dicom=True) == (0, 2) and len(calls) == 5
+    assert sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (0, 2) and len(calls) == 5
 
 
 def test_two_processes_give_the_images_of_one(weights, tmp_path):
     """As torchrun would start them, each with its rank; the second starts first, and waits until the first has looked."""
     models = [sample.load_weights(weights) for _ in range(2)]
-    sample.draw(tmp_path / "one", *models[0], RECORDS, SEEDS, HOW, 3)
-    second = threading.Thread(target=sample.draw, args=(tmp_path / "two", *models[1], RECORDS, SEEDS, HOW, 3, False, 1, 2))
+    sample.sample_folder(tmp_path / "one", *models[0], RECORDS, SEEDS, SETTINGS, 3)
+    second = threading.Thread(target=sample.sample_folder, args=(tmp_path / "two", *models[1], RECORDS, SEEDS, SETTINGS, 3, False, 1, 2))
     second.start()
-    sample.draw(tmp_path / "two", *models[0], RECORDS, SEEDS, HOW, 3, False, 0, 2)
+    sample.sample_folder(tmp_path / "two", *models[0], RECORDS, SEEDS, SETTINGS, 3, False, 0, 2)
     second.join()
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_pictures_of_another_command_are_never_mixed_in(weights, tmp_path):
     model, decoder = sample.load_weights(weights)
-    sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW)
+    sample.sample_folder(tmp_path / "a", model, decoder, RECORDS, SEEDS, SETTINGS)
     before = contents(tmp_path / "a")
-    for records, seeds, how, key in ((RECORDS[:5], SEEDS[:5], HOW, "images = 10, not 5"), (RECORDS[::-1], SEEDS, HOW, "other metadata or seeds"),
-                                     (RECORDS, SEEDS, HOW | {"steps": 3}, "steps = 2, not 3")):
+    for records, seeds, settings, key in ((RECORDS[:5], SEEDS[:5], SETTINGS, "images = 10, not 5"), (RECORDS[::-1], SEEDS, SETTINGS, "other metadata or seeds"),
+                                     (RECORDS, SEEDS, SETTINGS | {"steps": 3}, "steps = 2, not 3")):
         with pytest.raises(cli.InputError, match=key):
-            sample.draw(tmp_path / "a", model, decoder, records, seeds, how)
+            sample.sample_folder(tmp_path / "a", model, decoder, records, seeds, settings)
     assert contents(tmp_path / "a") == before
     (tmp_path / "a/sample.json").unlink()
-    with pytest.raises(cli.InputError, match="pictures that this command did not draw"):
-        sample.draw(tmp_path / "a", model, decoder, RECORDS, SEEDS, HOW)
+    with pytest.raises(cli.InputError, match="images that this command did not write"):
+        sample.sample_folder(tmp_path / "a", model, decoder, RECORDS, SEEDS, SETTINGS)
 
 
 def main(monkeypatch, weights, out, *arguments):
@@ -285,14 +292,11 @@ def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_balanced_cohort_with_dicom(weights, tmp_path, monkeypatch, capsys):
-    rows = main(monkeypatch, weights, tmp_path / "a", "--balance", "sex,age", "--n", 11, "--view", "PA", "--dicom")
-    said = capsys.readouterr().out
-    assert "8 combinations of sex, age, 1 or 2 images each; not covered, so left out: age=0-17" in said and "no causal model beside the weights" in said
-    assert [row["sex"] for row in rows] == ["female"] * 4 + ["male"] * 4 + ["female"] * 3 and {row["view"] for row in rows} == {"PA"}
-    ds = pydicom.dcmread(tmp_path / "a/dicom/0007.dcm")
-    assert (ds.PatientSex, ds.ViewPosition, int(ds.PatientAge[:3])) == ("M", "PA", int(float(rows[7]["age"])))
-    assert np.array_equal(ds.pixel_array, np.asarray(Image.open(tmp_path / "a/images/0007.png")))
+def test_dicom_files_lie_beside_the_pngs(weights, tmp_path, monkeypatch):
+    main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--age", 44, "--sex", "male", "--view", "PA", "--dicom")
+    ds = pydicom.dcmread(tmp_path / "a/dicom/0001.dcm")
+    assert (ds.PatientSex, ds.ViewPosition, int(ds.PatientAge[:3])) == ("M", "PA", 44)
+    assert np.array_equal(ds.pixel_array, np.asarray(Image.open(tmp_path / "a/images/0001.png")))
     assert hub.fingerprint(weights / "radit") in ds.DerivationDescription and "steps 1" in ds.DerivationDescription
 
 

@@ -55,7 +55,7 @@ def test_what_is_drawn_is_what_the_command_draws(server):
     assert [event["done"] for event in told if "done" in event] == [1, 2] and told[0]["of"] == 2
     drawn = [event for event in told if "image" in event]
     assert [(event["seed"], event["metadata"]) for event in drawn] == [(seed, {"sex": "female", "age": 60.0}) for seed in (5, 6)]
-    expected, _ = sample.generate(server.model, server.decoder, [{"sex": "female", "age": 60.0}] * 2, [5, 6], 2, 2.0)
+    expected, _ = sample.generate(server.model, server.decoder, [{"sex": "female", "age": 60.0}] * 2, [5, 6], steps=2)
     for event, image in zip(drawn, expected):
         status, headers, png = request(server, "GET", f"/images/{event['image']}.png")
         assert status == 200 and headers["Content-Type"] == "image/png"
