@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import flow

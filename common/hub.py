@@ -71,7 +71,10 @@ def save_tensors(tensors, path, dtype=torch.bfloat16):
     tensors = {name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
                for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors))  # save_file would make a file that only its owner can read
+        temporary.touch()
+        mode = temporary.stat().st_mode                              # what the umask leaves to new files
+        safetensors.torch.save_file(tensors, temporary)              # makes a file that only its owner can read
+        temporary.chmod(mode)
 
 
 def load_model(build, config_class, folder):
