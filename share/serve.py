@@ -1,19 +1,23 @@
 """A page to try the weights in a browser: python -m share serve [--port 8000] [--weights ...]
 
-Bound to 127.0.0.1, by the standard library alone, and nothing on the page comes from elsewhere. What it answers:
+The server listens on 127.0.0.1 only, needs nothing beyond Python's standard library, and the page loads nothing from
+elsewhere. Requests and answers:
 
-    GET  /                      the page, page.html with what the weights cover in the place in double braces
-    POST /draw                  a form as JSON; the answer is one line of JSON for each thing that happens:
-                                {"waiting": 1}  {"done": 3, "of": 50}  {"image": NAME, "seed": 7, "metadata": {...}}  {"error": "..."}
-    GET  /images/NAME.png       a picture, and /images/NAME.dcm: the files that sample.py writes, the last KEPT of them
+    GET  /                      the page, page.html, with what the weights cover in the place in double braces
+    POST /sample                a form as JSON; the answer is one line of JSON for each event:
+                                {"note": "..."}  {"waiting": 1}  {"done": 3, "of": 50}  {"error": "..."}
+                                {"image": NAME, "seed": 7, "metadata": {...}}
+    GET  /images/NAME.png       an image, and /images/NAME.dcm: the files that sample.py writes, the latest KEPT of them
 
-One model, so whoever comes second waits in a queue and sees his place in it; a client that goes away frees it at the next
-step. Any page that is open in the same browser can send requests here, so a request must name this host (no DNS
-rebinding) and, if it says where it comes from, come from this page. Everything else that is wrong is one line and status 400.
+There is one model, so requests wait in a queue, and each is told its place in it. When a client goes away, its sampling
+stops at the next step. Any page that is open in the same browser can send requests here, so a request must name this
+host (against DNS rebinding) and, if it has an Origin, that must be this page. Anything else that is wrong is answered
+with one line and status 400.
 """
 import json
 import re
 import secrets
+import signal
 import socketserver
 import sys
 import tempfile
@@ -25,33 +29,42 @@ from pathlib import Path
 
 import sample
 from common import cli
-from common.cli import InputError
+from common.cli import InputError, RunError
 from radiographs import fields
 
 PAGE = Path(__file__).parent / "page.html"
-LIMITS = {"n": (1, 64), "steps": (1, 250), "guidance": (0, 20), "seed": (0, 2 ** 53 - 64)}  # 2^53: a browser's whole numbers
+NAMES = ("127.0.0.1", "localhost")
+LIMITS = {"n": (1, 64), "steps": (1, 250), "guidance": (0, 20),
+          "seed": (0, 2 ** 53 - 64)}                                 # 2^53: a browser's largest whole numbers
 DEFAULTS = {"n": 4, "steps": 25, "guidance": 2, "seed": 0}
-LONGEST = 10_000   # bytes of a form
-AT_A_TIME = 4      # images a batch, so that the first appear soon
-QUEUE = 16         # who comes later is sent away
-KEPT = 256         # images
+LONGEST_FORM = 10_000  # bytes
+BATCH = 4              # images at a time, so that the first appear soon
+LONGEST_QUEUE = 16     # requests; more are refused
+KEPT = 256             # images
 
 
-class Gone(Exception):
-    """The client went away."""
+class ClientGone(Exception):
+    """The client went away, or the server is closing: stop."""
 
+
+# ---------------------------------------------------------------------------------------------------------
+# What the page is told, and what it asks for
 
 def describe(cfg, weights):
     """What the page needs to know: every field with its values, and which of them the training data held."""
-    coded = {field: [[value, value in cfg.covered.get(field, {})] for value in (cfg.datasets if field == "dataset" else fields.VALUES[field])]
-             for field in fields.CODED}
+    coded = {}
+    for field in fields.CODED:
+        values = cfg.datasets if field == "dataset" else fields.VALUES[field]
+        coded[field] = [[value, value in cfg.covered.get(field, {})] for value in values]
     labels = {field: label.capitalize() for field, label in fields.FINDINGS.items()}
     return {"weights": weights, "fields": coded, "labels": labels, "age": cfg.covered.get("age"), "limits": LIMITS,
             "defaults": DEFAULTS}
 
 
 def parse_form(body, cfg):
-    """The record that a form asks for (empty: none), and its numbers. InputError for whatever is not as the page sends it."""
+    """The record that a form asks for ({}: nothing in particular), what was changed in it so that it does not
+    contradict itself (a list of sentences), and the numbers of the form. Raises InputError for whatever the page
+    would not send."""
     try:
         form = json.loads(body)
     except (ValueError, RecursionError):
@@ -59,29 +72,73 @@ def parse_form(body, cfg):
     if not isinstance(form, dict) or set(form) != {*LIMITS, "metadata"} or not isinstance(form["metadata"], dict):
         raise InputError(f"a form has {', '.join(LIMITS)} and metadata")
     for name, (low, high) in LIMITS.items():
-        kind = (int, float) if name == "guidance" else (int,)
-        if type(form[name]) not in kind or not low <= form[name] <= high:  # NaN is in no range, and true is no number
-            raise InputError(f"{name} {str(form[name])[:40]} is not a {'' if float in kind else 'whole '}number from {low} to {high}")
+        kinds = (int, float) if name == "guidance" else (int,)
+        if type(form[name]) not in kinds or not low <= form[name] <= high:  # NaN is in no range; true is not a number
+            kind = "number" if float in kinds else "whole number"
+            raise InputError(f"{name} {str(form[name])[:40]} is not a {kind} from {low} to {high}")
     if any(type(value) not in (str, int, float) for value in form["metadata"].values()):
         raise InputError("metadata: field to value, each a text or a number")
     record = {field: fields.parse_value(field, value, cfg.datasets) for field, value in form["metadata"].items()}
-    record = {field: value for field, value in record.items() if value is not None}
+    record = fields.drop_unknown(record)
     fields.check_covered(record, cfg.covered)
-    record, _ = fields.resolve_request(record)                       # the picture's caption says what was asked for
-    return record, {name: form[name] for name in LIMITS}
+    record, notes = fields.resolve_request(record)
+    return record, notes, {name: form[name] for name in LIMITS}
+
+
+def hosts_of(port):
+    """What a browser may call this server in the headers Host and Origin. Port 80 is the default of http, so browsers
+    leave it
+    out."""
+    return [*NAMES] if port == 80 else [f"{name}:{port}" for name in NAMES]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The server: one model, a queue for it, and the latest images
+
+class Queue:
+    """The requests that want the model, in the order of their arrival; the first has it."""
+
+    def __init__(self):
+        self.tickets, self.changed = [], threading.Condition()
+
+    def join(self):
+        """A ticket, or None where the queue is full."""
+        with self.changed:
+            if len(self.tickets) >= LONGEST_QUEUE:
+                return None
+            self.tickets.append(ticket := object())
+            return ticket
+
+    def wait(self, ticket, tell):
+        """Returns when the ticket is the first. `tell(place)` is called every second and when the place changes."""
+        while place := self.tickets.index(ticket):
+            tell(place)
+            with self.changed:
+                self.changed.wait_for(lambda: self.tickets.index(ticket) != place, timeout=1)
+
+    def leave(self, ticket):
+        with self.changed:
+            self.tickets.remove(ticket)
+            self.changed.notify_all()
+
+    def wait_until_empty(self, seconds):
+        with self.changed:
+            self.changed.wait_for(lambda: not self.tickets, timeout=seconds)
 
 
 class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
 
     def __init__(self, port, weights):
-        self.model, self.decoder = sample.load_weights(weights)
+        self.model, self.vae = sample.load_weights(weights)
         device, bf16 = cli.pick_device()
-        for module in filter(None, (self.model, self.decoder)):
-            module.to(device)
-        self.how = sample.provenance(weights, solver="euler", interval=[0, 1], precision="bfloat16" if bf16 else "float32")
-        self.waiting, self.turn = [], threading.Condition()          # tickets, the first of which draws
-        self.kept, self.temporary = deque(), tempfile.TemporaryDirectory()
+        self.model.to(device)
+        if self.vae:
+            self.vae.to(device)
+        self.settings = sample.provenance(weights, solver="euler", interval=[0, 1],
+                                          precision="bfloat16" if bf16 else "float32")
+        self.queue, self.closing = Queue(), False
+        self.kept, self.temporary = deque(), tempfile.TemporaryDirectory(prefix="radit-")
         self.folder = Path(self.temporary.name)
         for name in ("images", "dicom"):
             (self.folder / name).mkdir()
@@ -89,12 +146,14 @@ class Server(socketserver.ThreadingTCPServer):
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
             raise InputError(f"--port {port}: {error.strerror}; give another") from None
-        self.hosts = [f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost")]
+        self.hosts = hosts_of(self.server_address[1])
 
-    def keep(self, image, record, seed, how):
-        """Writes the files of an image, forgets the oldest beyond KEPT, and returns its name. One thread at a time: whose turn it is."""
-        name = secrets.token_hex(8)                                  # not to be guessed by another page
-        sample.write_image(self.folder, name, image, record, seed, how, as_dicom=True)
+    def keep(self, image, record, seed, settings):
+        """Writes the files of an image, forgets the oldest beyond KEPT, and returns its name. Only the request that
+        has the
+        model calls it."""
+        name = secrets.token_hex(8)                                  # another page cannot guess it
+        sample.write_image(self.folder, name, image, record, seed, settings, as_dicom=True)
         self.kept.append(name)
         if len(self.kept) > KEPT:
             oldest = self.kept.popleft()
@@ -102,12 +161,14 @@ class Server(socketserver.ThreadingTCPServer):
             (self.folder / f"dicom/{oldest}.dcm").unlink()
         return name
 
-    def handle_error(self, request, address):                        # a client that goes away while it is answered is no error
+    def handle_error(self, request, address):                        # it is no error when a client goes away
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, address)
 
     def server_close(self):
+        self.closing = True
         super().server_close()
+        self.queue.wait_until_empty(seconds=30)                      # nothing may be written while the folder goes
         self.temporary.cleanup()
 
 
@@ -123,8 +184,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, status, message=None, explain=None):        # the base class answers with HTML
-        status = 405 if status == 501 else status                    # a method that nobody wrote
-        self.begin(status, "text/plain; charset=utf-8", *([("Allow", "GET, POST")] if status == 405 else []))
+        headers = []
+        if status == 501:                                            # a method other than GET and POST
+            status, headers = 405, [("Allow", "GET, POST")]
+        self.begin(status, "text/plain; charset=utf-8", *headers)
         self.wfile.write((" ".join((message or "refused").split())[:300] + "\n").encode())
 
     def log_message(self, form, *values):
@@ -144,96 +207,110 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self):
-        found = re.fullmatch(r"/images/([0-9a-f]{16})\.(png|dcm)", self.path)
+        image = re.fullmatch(r"/images/([0-9a-f]{16})\.(png|dcm)", self.path)
         if self.path == "/":
-            nonce = secrets.token_urlsafe(16)                        # styles and scripts of this page alone
-            about = json.dumps(describe(self.server.model.config, self.server.how["weights"])).replace("<", "\\u003c")
-            page = PAGE.read_text(encoding="utf-8").replace("{{NONCE}}", nonce).replace("{{ABOUT}}", about)
-            policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
-                      "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-            self.begin(200, "text/html; charset=utf-8", ("Content-Security-Policy", policy))
-            self.wfile.write(page.encode())
-        elif found:
-            name, kind = found.groups()
-            try:
-                content = (self.server.folder / {"png": "images", "dcm": "dicom"}[kind] / f"{name}.{kind}").read_bytes()
-            except FileNotFoundError:
-                return self.send_error(404, "no such picture (any more)")
-            self.begin(200, {"png": "image/png", "dcm": "application/dicom"}[kind], ("Content-Length", str(len(content))))
-            self.wfile.write(content)
+            self.send_page()
+        elif image:
+            self.send_image(*image.groups())
         else:
             self.send_error(404, "nothing here")
 
+    def send_page(self):
+        nonce = secrets.token_urlsafe(16)                            # marks the styles and scripts of this page alone
+        about = json.dumps(describe(self.server.model.config, self.server.settings["weights"])).replace("<", "\\u003c")
+        page = PAGE.read_text(encoding="utf-8").replace("{{NONCE}}", nonce).replace("{{ABOUT}}", about)
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; "
+                  "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.begin(200, "text/html; charset=utf-8", ("Content-Security-Policy", policy))
+        self.wfile.write(page.encode())
+
+    def send_image(self, name, suffix):
+        folder, kind = {"png": ("images", "image/png"), "dcm": ("dicom", "application/dicom")}[suffix]
+        try:
+            content = (self.server.folder / folder / f"{name}.{suffix}").read_bytes()
+        except FileNotFoundError:
+            return self.send_error(404, f"no such image; the latest {KEPT} are kept")
+        self.begin(200, kind, ("Content-Length", str(len(content))))
+        self.wfile.write(content)
+
     def do_POST(self):
         length = self.headers.get("Content-Length", "")
-        if self.path != "/draw":
+        if self.path != "/sample":
             return self.send_error(404, "nothing here")
         if not re.fullmatch("[0-9]{1,9}", length) or "Transfer-Encoding" in self.headers:
             return self.send_error(400, "a form comes with its length")
-        body = self.rfile.read(min(int(length), 100 * LONGEST))      # read, so that the client reads the answer
-        if int(length) > LONGEST:
+        body = self.rfile.read(min(int(length), 100 * LONGEST_FORM))  # a client reads no answer before all is sent
+        if int(length) > LONGEST_FORM:
             return self.send_error(400, f"{length} bytes are too many for a form")
         if self.headers.get_content_type() != "application/json":
             return self.send_error(400, "a form is application/json")
         try:
-            record, form = parse_form(body, self.server.model.config)
+            record, notes, numbers = parse_form(body, self.server.model.config)
         except InputError as error:
             return self.send_error(400, str(error))
-        self.draw(record, **form)
-
-    def draw(self, record, n, steps, guidance, seed):
-        """Waits for its turn, then draws, and tells the client of every step."""
-        server, ticket = self.server, object()
-        with server.turn:
-            if len(server.waiting) >= QUEUE:
-                return self.send_error(503, f"{QUEUE} people are waiting already; try again later")
-            server.waiting.append(ticket)
+        ticket = self.server.queue.join()
+        if ticket is None:
+            return self.send_error(503, f"{LONGEST_QUEUE} requests are waiting already; try again later")
         try:
             self.begin(200, "application/x-ndjson")
-            while place := server.waiting.index(ticket):
-                self.tell(waiting=place)
-                with server.turn:
-                    server.turn.wait_for(lambda: server.waiting.index(ticket) != place, timeout=1)
-            seeds = range(seed, seed + n)
-            examples = server.model.config.examples or [{}]          # trained without any metadata
-            records = [record or examples[seed % len(examples)] for seed in seeds]
-            how = server.how | {"steps": steps, "guidance": guidance}
-            done, of = 0, -(-n // AT_A_TIME) * steps
-            def step():
-                nonlocal done
-                done += 1
-                self.tell(done=done, of=of)
-            for start in range(0, n, AT_A_TIME):
-                part = slice(start, start + AT_A_TIME)
-                images, _ = sample.generate(server.model, server.decoder, records[part], seeds[part], steps=steps,
-                                            guidance=guidance, report=step)
-                for image, asked, number in zip(images, records[part], seeds[part]):
-                    self.tell(image=server.keep(image, asked, number, how), seed=number, metadata=asked)
-        except Gone:
+            for note in notes:
+                self.send_event(note=note)
+            self.server.queue.wait(ticket, lambda place: self.send_event(waiting=place))
+            self.sample(record, **numbers)
+        except ClientGone:
             pass
-        except Exception as error:  # a full disk, a GPU out of memory: this picture's trouble, not the page's
-            with suppress(Gone):
-                self.tell(error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        except Exception as error:  # a full disk, a GPU out of memory: it ends this request, not the server
+            kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
+            with suppress(ClientGone):
+                self.send_event(error=" ".join(f"{kind}{error}".split())[:300])
         finally:
-            with server.turn:
-                server.waiting.remove(ticket)
-                server.turn.notify_all()
+            self.server.queue.leave(ticket)
 
-    def tell(self, **what):
+    def sample(self, record, n, steps, guidance, seed):
+        """Samples n images and sends an event for every step and every image."""
+        server, seeds = self.server, range(seed, seed + n)
+        examples = server.model.config.examples or [{}]              # [{}]: trained without any metadata
+        records = [record or examples[seed % len(examples)] for seed in seeds]
+        settings = server.settings | {"steps": steps, "guidance": guidance}
+        total, done = len(range(0, n, BATCH)) * steps, 0
+
+        def count_step():
+            nonlocal done
+            done += 1
+            self.send_event(done=done, of=total)
+
+        for start in range(0, n, BATCH):
+            part = slice(start, start + BATCH)
+            images, _ = sample.generate(server.model, server.vae, records[part], seeds[part], steps=steps,
+                                        guidance=guidance, report=count_step)
+            for image, metadata, number in zip(images, records[part], seeds[part]):
+                self.send_event(image=server.keep(image, metadata, number, settings), seed=number, metadata=metadata)
+
+    def send_event(self, **event):
+        if self.server.closing:
+            raise ClientGone
         try:
-            self.wfile.write(json.dumps(what).encode() + b"\n")
+            self.wfile.write(json.dumps(event).encode() + b"\n")
         except OSError as error:
-            raise Gone from error
+            raise ClientGone from error
 
+
+# ---------------------------------------------------------------------------------------------------------
 
 def add_arguments(parser):
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--weights", type=Path, default=sample.DEMO, help="a folder that holds radit/ and vae/, or its name on the Hub")
+    parser.add_argument("--port", type=cli.integer(0, 65535), default=8000, help="0 takes a free one")
+    parser.add_argument("--weights", type=cli.new_path, default=sample.DEMO,
+                        help="a folder that holds radit/ and vae/, or its name on the Hub; the demo by default")
+
+
+def end_program(number, frame):
+    """Ends the program as an error would, so that temporary files are deleted; by default a signal leaves them."""
+    sys.exit(128 + number)
 
 
 def serve_command(args):
-    if not 0 <= args.port < 65536:
-        raise InputError(f"--port {args.port} is not from 0 to 65535")
     with Server(args.port, args.weights) as server:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end_program)
         print(f"http://{server.hosts[0]}/  (Ctrl-C ends it)", flush=True)
         server.serve_forever()
