@@ -58,7 +58,7 @@ def test_an_image_of_the_page_is_that_of_the_command(server):
     assert [event["done"] for event in told if "done" in event] == [1, 2] and told[0]["of"] == 2
     drawn = [event for event in told if "image" in event]
     assert [(event["seed"], event["metadata"]) for event in drawn] == [(seed, {"sex": "female", "age": 60.0}) for seed in (5, 6)]
-    expected, _ = sample.generate(server.model, server.vae, [{"sex": "female", "age": 60.0}] * 2, [5, 6], 2, 2.0)
+    expected, _ = sample.generate(server.model, server.vae, [{"sex": "female", "age": 60.0}] * 2, [5, 6], steps=2)
     for event, image in zip(drawn, expected):
         status, headers, png = request(server, "GET", f"/images/{event['image']}.png")
         assert status == 200 and headers["Content-Type"] == "image/png"
@@ -211,7 +211,7 @@ def test_a_long_queue_sends_away_and_a_failure_is_told(server, monkeypatch):
     status, _, body = request(server)
     assert status == 503 and b"1 requests are waiting already" in body
     slow.go.release()
-    first.until("image")
+    assert "image" in first.until("image") and first.answer.read() == b""    # read to the end: it has left the queue
     monkeypatch.setattr(sample, "generate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
     assert events(request(server)[2]) == [{"error": "RuntimeError: out of memory"}]
     monkeypatch.setattr(sample, "generate", slow.generate)
