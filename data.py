@@ -136,10 +136,10 @@ def prepare_one(job):
     try:
         if "reject_reason" in record:
             raise Rejected(record["reject_reason"])
-        array = read_radiograph(file, size, bits)
+        array, synthetic = read_radiograph(file, size, bits), is_synthetic(file)
     except Rejected as reason:
         return str(reason), False
-    synthetic, info = is_synthetic(file), PngInfo()
+    info = PngInfo()
     if synthetic:
         info.add_text("Synthetic", "yes")
     Image.fromarray(array).save(f"{target}.tmp", "PNG", pnginfo=info)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, PngImagePlugin
 
 import flow
 import sample
@@ -141,8 +141,8 @@ def read_mask(path, size):
     """A mask image as (1, 1, size, size) in {0, 1}: white from half up. It must be as large as the prepared image."""
     try:
         array = pixels.read_picture(path)                       # H W in [0, 1]
-    except (pixels.Rejected, UnidentifiedImageError) as reason:
-        raise InputError(f"{path}: {'not an image' if isinstance(reason, UnidentifiedImageError) else reason}") from None
+    except pixels.Rejected as reason:
+        raise InputError(f"{path}: {reason}") from None
     if array.shape != (size, size):
         raise InputError(f"{path}: a mask of {array.shape[1]}x{array.shape[0]} pixels; the image is edited at {size}x{size}")
     return torch.from_numpy(array >= 0.5).float()[None, None]

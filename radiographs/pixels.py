@@ -1,110 +1,50 @@
-"""A radiograph as a radiologist sees it: DICOM, PNG or JPEG to grey pixels of one size, and back to a file.
+"""A radiograph as a radiologist sees it: DICOM, PNG, JPEG or TIFF to grey pixels of one size, and back to a file.
 
-DICOM: modality LUT, then VOI LUT or window, then MONOCHROME1 inverted, then scaled from the stored bit depth, never
-from the image's own minimum and maximum. Aspect ratio kept, antialiased resize, centred on black. Never flipped.
-Source: DICOM PS3.3, C.11.1 (modality LUT) and C.11.2 (VOI LUT).
+    DICOM     the standard's grey stages (greyscale.py), pixels made square
+    pictures  turned as EXIF says, then scaled from their depth: 8 bits, 16, or as many of 16 as are known to be used
+    both      aspect ratio kept, antialiased resize, centred on black; never flipped, never stretched to the image's
+              own minimum and maximum
+
+What is no usable radiograph, and what cannot be read without a guess, is Rejected with a reason in fixed words.
 Images in memory: float32 (1, H, W) in [-1, 1], black is -1.
 """
+import io
 import math
-import os
-from pathlib import Path
+import multiprocessing
+import sys
 
 import numpy as np
-import pydicom
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
-from pydicom.pixels import apply_modality_lut, apply_voi, get_decoder
+from PIL import (Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
+                 UnidentifiedImageError)
 
-MAX_PIXELS = 10_000 ** 2  # the largest detectors have a quarter of that; a decompression bomb has more
+from common.cli import InputError, RunError, whole_file
+from radiographs.greyscale import MAX_PIXELS, read_dicom
+from radiographs.tags import (Rejected, is_dicom, open_file, quiet,
+                              read_dicom_file, rejecting, text_of)
 
-
-class Rejected(ValueError):
-    """An image that cannot be used, and why. The run goes on."""
-
-
-def read_dicom(path):
-    """(H, W) float64 in [0, 1] from a DICOM file: modality LUT, then VOI LUT or window, then MONOCHROME1 inverted."""
-    ds = pydicom.dcmread(path)
-    if str(ds.get("Modality", "")) not in ("CR", "DX", "DR", "RG", ""):
-        raise Rejected(f"modality {ds.Modality}, not a radiograph")
-    body = str(ds.get("BodyPartExamined", "")).upper()
-    if body and not any(word in body for word in ("CHEST", "THORAX", "LUNG")):
-        raise Rejected(f"body part {body}, not a chest")
-    if ds.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Rejected(f"photometric interpretation {ds.get('PhotometricInterpretation')}, not grey")
-    if int(ds.get("NumberOfFrames") or 1) > 1:
-        raise Rejected("more than one frame")
-    if ds.Rows * ds.Columns > MAX_PIXELS:
-        raise Rejected(f"{ds.Columns}x{ds.Rows} pixels, more than any radiograph has")
-    syntax = ds.file_meta.TransferSyntaxUID
-    if syntax.is_compressed and not get_decoder(syntax).is_available:
-        raise Rejected(f"no decoder for {syntax.name}; pip install python-gdcm has one")
-    pixels = apply_modality_lut(ds.pixel_array, ds).astype(np.float64)
-    if "VOILUTSequence" in ds:
-        pixels = apply_voi(pixels.astype(np.int64), ds) / (2.0 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
-    elif ds.get("WindowWidth") is not None:  # PS3.3 C.11.2.1.2; the first window where there are several
-        center, width = (float(np.atleast_1d(ds[tag].value)[0]) for tag in ("WindowCenter", "WindowWidth"))
-        kind = ds.get("VOILUTFunction", "LINEAR")
-        if kind == "SIGMOID":
-            pixels = 1 / (1 + np.exp(-4 * (pixels - center) / width))
-        elif kind == "LINEAR_EXACT":
-            pixels = (pixels - center) / width + 0.5
-        else:
-            pixels = (pixels - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
-    else:  # the whole range of the stored bits, never the image's own minimum and maximum
-        least = -(2.0 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0.0
-        ends = apply_modality_lut(np.array([least, least + 2.0 ** ds.BitsStored - 1]), ds)
-        pixels = (pixels - ends[0]) / (ends[1] - ends[0])
-    pixels = pixels.clip(0, 1)
-    return 1 - pixels if ds.PhotometricInterpretation == "MONOCHROME1" else pixels
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "WEBP")  # of Pillow's many
+TINY = 64                                   # pixels a side; below, there is nothing to see
+WARNED = multiprocessing.RawValue("b", 0)   # shared with the workers of a run, which warns once
 
 
-def read_picture(path):
-    """(H, W) float64 in [0, 1] from PNG, JPEG and their kind; 8 or 16 bits, palettes and opaque alpha are taken."""
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Rejected(f"{image.width}x{image.height} pixels, more than any radiograph has")
-        if image.mode in ("I;16", "I;16B", "I"):
-            return np.asarray(image).astype(np.float64) / 65535
-        if image.mode in ("P", "PA", "LA", "RGBA", "CMYK", "YCbCr"):
-            image = image.convert("RGBA")
-            if np.asarray(image)[..., 3].min() < 255:
-                raise Rejected("transparent pixels")
-        array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")).astype(np.float64) / 255
-    if array.ndim == 3:
-        if np.abs(array - array.mean(-1, keepdims=True)).max() > 0.1:  # JPEG's colour conversion costs a few levels
-            raise Rejected("colour image")
-        array = array.mean(-1)
-    return array
-
-
-def read_radiograph(path, size, bits=8):
+def read_radiograph(path, size, bits=8, used_bits=None):
     """One image file as a (size, size) array of uint8 or uint16: grey, antialiased resize, centred on black.
 
+    used_bits: how many bits of a 16-bit picture, or of a DICOM file without a window, its source uses, such as 12.
     Raises Rejected with the reason for whatever is not a usable radiograph.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise Rejected("empty file")
-        pixels = read_dicom(path) if is_dicom(path) else read_picture(path)
-    except Rejected:
-        raise
-    except UnidentifiedImageError:
-        raise Rejected("not an image") from None
-    except Exception as error:  # decoders raise whatever they like on a damaged file; all of it is the file's fault
-        text = " ".join(str(error).replace(str(path), "file").split())  # paths of a hospital can hold names
-        raise Rejected(f"unreadable: {type(error).__name__} {text[:200]}") from error
-    if min(pixels.shape) < 64:
-        raise Rejected(f"only {pixels.shape[1]}x{pixels.shape[0]} pixels")
-    if pixels.max() - pixels.min() < 2 / 255:
-        raise Rejected("constant image")
+    pixels = read_dicom(path, used_bits) if is_dicom(path) else read_picture(path, used_bits)  # H W in [0, 1]
     height, width = pixels.shape
+    if min(height, width) < TINY:
+        raise Rejected(f"fewer than {TINY} pixels on a side")
+    if np.ptp(pixels) < 2 / 255:
+        raise Rejected("constant image")
     scale = size / max(height, width)
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    resized = Image.fromarray(pixels.astype(np.float32)).resize((width, height), Image.Resampling.LANCZOS)
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
     canvas = np.zeros((size, size), np.float32)
     top, left = (size - height) // 2, (size - width) // 2
     canvas[top:top + height, left:left + width] = resized
@@ -112,30 +52,132 @@ def read_radiograph(path, size, bits=8):
     return (canvas.clip(0, 1) * white).round().astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def is_dicom(path):
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
 
+def read_picture(path, used_bits=None):
+    """(H, W) float32 in [0, 1] from PNG, JPEG, TIFF and their kind; 8 or 16 bits, palettes and opaque alpha are taken.
+    Raises Rejected."""
+    with open_file(path) as file, quiet():
+        content = file.read()
+    try:
+        with quiet(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected("more pixels than any radiograph has")
+            if image.format == "PNG":
+                check_png(content)
+            if has_more_frames(image):
+                raise Rejected("more than one picture in the file")
+            return grey_of(image, used_bits)
+    except Rejected:
+        raise
+    except UnidentifiedImageError:
+        raise Rejected("not an image") from None
+    except Image.DecompressionBombError:
+        raise Rejected("more pixels than any radiograph has") from None
+    except Exception:  # decoders raise whatever they like on a damaged file; all of it is the file's fault
+        raise Rejected("unreadable: the picture is damaged or cut short") from None
+
+
+def check_png(content):
+    """Raises for a PNG with a wrong checksum: Pillow does not look at those of its pixels while it reads them."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.verify()
+
+
+def has_more_frames(image):
+    """Whether there is a second page, frame or picture. image.n_frames would read them all."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def grey_of(image, used_bits):
+    """(H, W) float32 in [0, 1] of an open picture."""
+    tiff = getattr(image, "tag_v2", {})                              # a TIFF's tags by number
+    image = ImageOps.exif_transpose(image)                           # as EXIF says that it is to be looked at
+    if image.mode == "F":
+        raise Rejected("floating-point pixels: it is not said which value is white")
+    if 2 in np.atleast_1d(tiff.get(339, 1)):                         # the tag SampleFormat
+        raise Rejected("signed pixels: it is not said which value is black")
+    if max(np.atleast_1d(tiff.get(258, 1))) > 16:                    # the tag BitsPerSample
+        raise Rejected("pixels of more than 16 bits")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        return grey_of_16_bits(image, tiff, used_bits)
+    elif image.mode in ("1", "L") and "transparency" not in image.info:
+        return np.asarray(image.convert("L"), np.float32) / 255
+    elif image.mode in ("L", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        return grey_of_colours(np.asarray(image.convert("RGBA")))
+    raise Rejected("a colour model other than grey, palette, RGB, CMYK and YCbCr")
+
+
+def grey_of_16_bits(image, tiff, used_bits):
+    array = np.asarray(image).astype(np.float32)
+    if (array == image.info.get("transparency")).any():
+        raise Rejected("transparent pixels")
+    depth = int(np.max(tiff.get(258, 16)))                           # TIFF has 12 bits too
+    white = 2 ** min(depth, used_bits or depth) - 1
+    if array.max() > white:
+        raise Rejected("values beyond the used depth that was given")
+    if array.max() < white / 8 and not used_bits:
+        warn_once("a picture of 16 bits uses less than an eighth of its depth and comes out nearly black. "
+                  "If its source is known to use fewer bits, say how many (in Python: read_radiograph's used_bits)")
+    grey = array / white
+    return 1 - grey if tiff.get(262) == 0 else grey                  # WhiteIsZero: Pillow inverts 8 bits, not 16
+
+
+def grey_of_colours(rgba):
+    """(H, W, 4) uint8 whose colours are all grey, or nearly: JPEG's conversion costs a few levels."""
+    if rgba[..., 3].min() < 255:
+        raise Rejected("transparent pixels")
+    mean = rgba[..., :3].mean(-1, dtype=np.float32)                  # H W
+    if max(np.abs(rgba[..., i] - mean).max() for i in range(3)) > 25.5:
+        raise Rejected("colour image")
+    return mean / 255
+
+
+def warn_once(text):
+    if not WARNED.value:
+        WARNED.value = 1
+        print(f"warning: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The project's own pictures
 
 def is_synthetic(path):
-    """Whether a readable image file says of itself that it is synthetic: in a text field of a PNG as this project writes it,
-    or by DICOM's Synthetic Data (0008,001C)."""
-    if is_dicom(path):
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SyntheticData"]).get("SyntheticData") == "YES"
-    with Image.open(path) as image:
-        return image.info.get("Synthetic") == "yes"
+    """Whether an image file says of itself that it is synthetic: in a text field of a PNG as this project writes it, or
+    by DICOM's Synthetic Data (0008,001C). Raises Rejected."""
+    with quiet():
+        if is_dicom(path):
+            ds = read_dicom_file(path, stop_before_pixels=True, specific_tags=["SyntheticData"])
+            with rejecting("damaged DICOM header"):
+                return text_of(ds, "SyntheticData") == "YES"
+        with open_file(path) as file, rejecting("not an image"), Image.open(file, formats=FORMATS) as image:
+            return image.info.get("Synthetic") == "yes"
 
 
 def load_image(path):
-    """A prepared grey PNG as float32 (1, H, W) in [-1, 1]."""
-    with Image.open(path) as image:
-        array = np.asarray(image)
+    """A prepared grey picture as float32 (1, H, W) in [-1, 1]. Raises InputError, naming the file."""
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                array = np.asarray(image)
+            if array.ndim != 2 or array.dtype not in (np.uint8, np.uint16):
+                raise ValueError
+        except Exception:  # Pillow raises many kinds on a damaged file, and none names it
+            raise InputError(f"{path}: damaged, or no grey picture of 8 or 16 bits, "
+                             "which python data.py prepare makes") from None
     white = 65535 if array.dtype != np.uint8 else 255
     return torch.from_numpy(array.astype(np.float32) / white)[None] * 2 - 1
 
 
 def to_bytes(image):
     """A (1, H, W) float image in [-1, 1] as the (H, W) uint8 array that files hold."""
+    if not image.isfinite().all():
+        raise RunError("an image holds values that are no numbers; it is not written")
     return ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
@@ -144,8 +186,8 @@ def save_image(image, path, text=None):
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    Image.fromarray(to_bytes(image)).save(f"{path}.tmp", "PNG", pnginfo=info)
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as temporary:
+        Image.fromarray(to_bytes(image)).save(temporary, "PNG", pnginfo=info)
 
 
 def content(images):

@@ -1,7 +1,10 @@
 """Small image files for the tests to read."""
+import warnings
+
 import numpy as np
+import pydicom
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 RAMP = np.linspace(0, 255, 100 * 80).reshape(100, 80).round().astype(np.uint8)
@@ -13,6 +16,21 @@ def picture(tmp_path, array, mode=None, name="x.png", **options):
     return tmp_path / name
 
 
+def lut(first, values, bits, vr="US", descriptor="US"):
+    """An item of a LUT sequence: the input first + i gives values[i], of `bits` bits."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", descriptor, [len(values) % 65536, first, bits])
+    item.add_new("LUTData", vr, list(map(int, values)) if vr == "US" else np.asarray(values, "<u2").tobytes())
+    return item
+
+
+def code(value, meaning, scheme="SCT"):
+    """An item of a code sequence."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
 def write_dicom(path, array, **tags):
     """A minimal DX file; tags set to None are left out."""
     meta = FileMetaDataset()
@@ -21,14 +39,15 @@ def write_dicom(path, array, **tags):
     ds = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     ds.Rows, ds.Columns = array.shape
-    ds.BitsAllocated = array.dtype.itemsize * 8
-    settings = {"Modality": "DX", "BodyPartExamined": "CHEST", "PhotometricInterpretation": "MONOCHROME2",
-                "SamplesPerPixel": 1, "BitsStored": ds.BitsAllocated, "PixelRepresentation": int(array.dtype.kind == "i"),
+    bits = array.dtype.itemsize * 8
+    settings = {"BitsAllocated": bits, "Modality": "DX", "BodyPartExamined": "CHEST", "PhotometricInterpretation": "MONOCHROME2",
+                "SamplesPerPixel": 1, "BitsStored": bits, "PixelRepresentation": int(array.dtype.kind == "i"),
                 "PatientID": "secret name", "PatientSex": "F", "PatientAge": "057Y", "ViewPosition": "PA"} | tags
-    for tag, value in settings.items():
-        if value is not None:
-            setattr(ds, tag, value)
-    ds.HighBit = ds.BitsStored - 1
-    ds.PixelData = array.tobytes()
-    ds.save_as(path, enforce_file_format=True)
+    settings = {"HighBit": settings["BitsStored"] - 1} | settings
+    with pydicom.config.disable_value_validation(), warnings.catch_warnings(action="ignore"):
+        for tag, value in settings.items():
+            if value is not None:
+                setattr(ds, tag, value)
+        ds.PixelData = array.tobytes()
+        ds.save_as(path, enforce_file_format=True)
     return path

@@ -6,7 +6,7 @@ from pictures import RAMP, picture, write_dicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from radiographs import pixels
+from radiographs import greyscale, pixels
 from radiographs.pixels import Rejected
 
 # --- pictures -------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_resize_is_antialiased(tmp_path):
     (lambda p: (p / "x.png").write_bytes(b"some text"), "not an image"),
     (lambda p: (p / "x.png").write_bytes(picture(p, RAMP, name="y.png").read_bytes()[:300]), "unreadable"),
     (lambda p: picture(p, np.full((100, 100), 7, np.uint8)), "constant"),
-    (lambda p: picture(p, RAMP[:20]), "only 80x20 pixels"),
+    (lambda p: picture(p, RAMP[:20]), "fewer than 64 pixels on a side"),
     (lambda p: picture(p, np.dstack([RAMP, RAMP[::-1], RAMP])), "colour"),
     (lambda p: picture(p, np.dstack([RAMP, RAMP, RAMP, RAMP])), "transparent"),
     (lambda p: write_dicom(p / "x.png", RAMP, Modality="CT"), "modality CT"),
@@ -162,6 +162,8 @@ def test_bundled_files_equal_pydicoms_pipeline(tmp_path, name):
     """pydicom's own files, called a chest, against its modality and VOI functions on the scale of the stored bits."""
     ds = pydicom.dcmread(pydicom.data.get_testdata_file(name))
     ds.Modality, ds.BodyPartExamined = "DX", "CHEST"
+    if "WindowWidth" not in ds:
+        ds.WindowCenter, ds.WindowWidth = 1000, 1500
     ds.save_as(tmp_path / name)
     modality = apply_modality_lut(ds.pixel_array, ds)
     least = -(2 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0
@@ -215,7 +217,7 @@ def test_what_no_decoder_can_do_is_refused_by_name(tmp_path):
     ds = pydicom.dcmread(pydicom.data.get_testdata_file("JPGExtended.dcm"))
     ds.Modality, ds.BodyPartExamined = "DX", "CHEST"
     ds.save_as(tmp_path / "a.dcm")
-    with pytest.raises(Rejected, match="unreadable: .*JPEG Extended.*12-bit"):
+    with pytest.raises(Rejected, match="no decoder for JPEG Extended .* of more than 8 bits"):
         pixels.read_radiograph(tmp_path / "a.dcm", 64)
 
 
@@ -224,7 +226,7 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     ds = pydicom.dcmread(path)
     ds.Modality = "DX"
     ds.save_as(tmp_path / "a.dcm")
-    monkeypatch.setattr(pixels, "get_decoder", lambda syntax: type("None", (), {"is_available": False}))
+    monkeypatch.setattr(greyscale, "get_decoder", lambda syntax: type("None", (), {"is_available": False}))
     with pytest.raises(Rejected, match="no decoder for JPEG-LS Lossless.*python-gdcm"):
         pixels.read_radiograph(tmp_path / "a.dcm", 64)
 
@@ -235,5 +237,5 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
     with pytest.raises(Rejected, match="pixels"):
         pixels.read_radiograph(tmp_path / "bomb.png", 64)
     write_dicom(tmp_path / "bomb.dcm", RAMP, Rows=60_000, Columns=60_000)
-    with pytest.raises(Rejected, match="60000x60000 pixels"):
+    with pytest.raises(Rejected, match="more than any radiograph has"):
         pixels.read_radiograph(tmp_path / "bomb.dcm", 64)
