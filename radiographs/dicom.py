@@ -5,7 +5,7 @@ an exposure and a study that never were. Modality says DX, the kind of image it 
 that programs looking for radiographs take it. Synthetic Data (0008,001C) is YES, the derivation says by which
 weights and from which seed, there is no patient, no date and no place. Age, sex and view are those that were asked for.
 
-    pixels   8 bits, MONOCHROME2, the window 128/256: stored value x is shown as x / 255, as in the PNG of the same image
+    pixels   8 bits, MONOCHROME2, the window 128/256: stored value x is shown as x / 255, as in the PNG of that image
     UIDs     from the pixels and all that is said of them: the same image again is the same file, byte for byte
 
 Source: DICOM PS3.3, A.8.1 (Secondary Capture), C.8.6.1 (conversion type), C.12.1.1.1 (Synthetic Data); PS3.5, 6.2 (AS).

@@ -81,7 +81,10 @@ def check_kind(ds):
         raise Rejected("a detector's raw image for processing, not for presentation")
     if part := other_part(ds):
         raise Rejected(f"body part {part}, not a chest")
-    if text_of(ds, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
+    photometric = text_of(ds, "PhotometricInterpretation")
+    if not photometric:
+        raise Rejected("PhotometricInterpretation is missing, so nothing says that this is grey")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise Rejected("a photometric interpretation other than MONOCHROME1 and MONOCHROME2, not grey")
     if whole(ds, "SamplesPerPixel", 1) != 1:
         raise Rejected("more than one sample a pixel, not grey")

@@ -72,7 +72,8 @@ def read_picture(path, used_bits=None):
     except Rejected:
         raise
     except UnidentifiedImageError:
-        raise Rejected("not an image") from None
+        tiff = content[:4] in (b"II*\0", b"MM\0*")
+        raise Rejected("a TIFF of a kind that is not supported" if tiff else "not an image") from None
     except Image.DecompressionBombError:
         raise Rejected("more pixels than any radiograph has") from None
     except Exception:  # decoders raise whatever they like on a damaged file; all of it is the file's fault
@@ -222,8 +223,8 @@ def jitter(images, generator):
 
 
 def grid(images, columns=None, captions=None):
-    """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black. `captions`, one text an
-    image, stand below the images if these are wide enough for words."""
+    """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black. `captions`, one text
+    an image, stand below the images if these are wide enough for words."""
     if captions and images.shape[-1] >= 96:
         images = torch.cat([images, render_captions(captions, images.shape[-1])], dim=2)
     columns = columns or math.ceil(len(images) ** 0.5)
@@ -233,7 +234,7 @@ def grid(images, columns=None, captions=None):
 
 
 def render_captions(captions, width):
-    """Texts as white on black strips (N, 1, h, width) in [-1, 1], broken into as many lines as the longest one needs."""
+    """Texts as white on black strips (N, 1, h, width) in [-1, 1], broken into as many lines as the longest needs."""
     font = ImageFont.load_default(size=max(10, width // 20))
     broken = []
     for text in captions:

@@ -1,4 +1,5 @@
 """Small image files for the tests to read."""
+import struct
 import warnings
 
 import numpy as np
@@ -40,8 +41,9 @@ def write_dicom(path, array, **tags):
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     ds.Rows, ds.Columns = array.shape
     bits = array.dtype.itemsize * 8
-    settings = {"BitsAllocated": bits, "Modality": "DX", "BodyPartExamined": "CHEST", "PhotometricInterpretation": "MONOCHROME2",
-                "SamplesPerPixel": 1, "BitsStored": bits, "PixelRepresentation": int(array.dtype.kind == "i"),
+    settings = {"BitsAllocated": bits, "Modality": "DX", "BodyPartExamined": "CHEST",
+                "PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1,
+                "BitsStored": bits, "PixelRepresentation": int(array.dtype.kind == "i"),
                 "PatientID": "secret name", "PatientSex": "F", "PatientAge": "057Y", "ViewPosition": "PA"} | tags
     settings = {"HighBit": settings["BitsStored"] - 1} | settings
     with pydicom.config.disable_value_validation(), warnings.catch_warnings(action="ignore"):
@@ -50,4 +52,25 @@ def write_dicom(path, array, **tags):
                 setattr(ds, tag, value)
         ds.PixelData = array.tobytes()
         ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_tiff(path, array, bits=None, sample_format=1, photometric=1, order="<"):
+    """A grey TIFF of one strip, by hand. bits=12 packs two values into three bytes. sample_format: 1 unsigned,
+    2 signed, 3 floating-point. photometric: 0 white is zero, 1 black is zero."""
+    if bits == 12:
+        pairs = array.astype(np.uint32).reshape(-1, 2)
+        triples = pairs[:, 0] << 12 | pairs[:, 1]
+        strip = np.stack([triples >> 16, triples >> 8 & 255, triples & 255], 1).astype(np.uint8).tobytes()
+    else:
+        strip = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    entries = [(256, 4, array.shape[1]), (257, 4, array.shape[0]), (258, 3, bits or array.dtype.itemsize * 8),
+               (259, 3, 1), (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, array.shape[0]),
+               (279, 4, len(strip)), (339, 3, sample_format)]     # tag, 3 (16 bits) or 4 (32 bits), value; by tag
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, kind, value in entries:
+        directory += struct.pack(f"{order}HHI{'H2x' if kind == 3 else 'I'}", tag, kind, 1, value)
+    start = 8 + len(strip) + len(strip) % 2
+    magic = {"<": b"II", ">": b"MM"}[order]
+    path.write_bytes((magic + struct.pack(f"{order}HI", 42, start) + strip).ljust(start, b"\0") + directory + bytes(4))
     return path

@@ -1,12 +1,17 @@
+import multiprocessing
+import os
+import stat
+
 import numpy as np
 import pydicom
 import pytest
 import torch
-from pictures import RAMP, picture, write_dicom
+from pictures import RAMP, picture, write_dicom, write_tiff
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from radiographs import greyscale, pixels
+from common.cli import InputError, RunError
+from radiographs import dicom, greyscale, pixels
 from radiographs.pixels import Rejected
 
 # --- pictures -------------------------------------------------------------------------------------------
@@ -34,7 +39,8 @@ def test_aspect_ratio_kept_centred_on_black_and_never_flipped(tmp_path):
     out = pixels.read_radiograph(picture(tmp_path, array), 64)
     assert out.shape == (64, 64) and out[:16].max() == 0 and out[48:].max() == 0  # 64x32 in the middle
     middle = out[16:48]
-    assert abs(int(middle[20, 2]) - 40) < 3 and abs(int(middle[20, 60]) - 200) < 3 and abs(int(middle[0, 40]) - 120) < 12
+    assert abs(int(middle[20, 2]) - 40) < 3 and abs(int(middle[20, 60]) - 200) < 3
+    assert abs(int(middle[0, 40]) - 120) < 12
 
 
 def test_resize_is_antialiased(tmp_path):
@@ -58,6 +64,128 @@ def test_what_is_not_a_radiograph_is_rejected_with_the_reason(tmp_path, make, re
     make(tmp_path)
     with pytest.raises(Rejected, match=reason):
         pixels.read_radiograph(tmp_path / "x.png", 64)
+
+
+# EXIF 2.3, table 6: how stored rows and columns are shown
+SHOWN = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: np.transpose,
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).T, 8: np.rot90}
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", SHOWN)
+def test_exif_orientation_is_applied(tmp_path, orientation, kind):
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = RAMP.copy()
+    stored[:30, :20] = 255                                           # a bright corner
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(kind, {})
+    shown = pixels.read_picture(picture(tmp_path, stored, name=f"x.{kind}", exif=exif, **options))
+    difference = np.abs(shown * 255 - SHOWN[orientation](stored.astype(float)))
+    assert np.median(difference) < 2 and difference.mean() < 2
+
+
+SIXTEEN = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("array, bits", [(SIXTEEN, 16), (SIXTEEN >> 4, 12), ((SIXTEEN >> 8).astype(np.uint8), 8)])
+def test_tiff_of_8_12_and_16_bits_white_or_black_at_zero(tmp_path, array, bits, photometric, order):
+    path = write_tiff(tmp_path / "x.tif", array, bits, photometric=photometric, order=order)
+    if (bits, photometric, order) in ((16, 0, ">"), (12, 0, "<"), (12, 0, ">"), (12, 1, ">")):  # Pillow cannot
+        with pytest.raises(Rejected, match="TIFF of a kind that is not supported"):
+            pixels.read_picture(path)
+        return
+    grey = pixels.read_picture(path)
+    by_hand = array / (2.0 ** bits - 1)
+    assert np.abs(grey - (by_hand if photometric else 1 - by_hand)).max() < 1e-6
+
+
+@pytest.mark.parametrize("array, sample_format, reason", [
+    (SIXTEEN.astype(np.float32) / 16, 3, "floating-point"), (SIXTEEN.astype(np.float32) / 65535, 3, "floating-point"),
+    (SIXTEEN.astype(np.float64), 3, "floating-point|not supported"),
+    (SIXTEEN.astype(np.int16), 2, "signed"), ((SIXTEEN >> 8).astype(np.int8), 2, "signed"),
+    (SIXTEEN.astype(np.int32), 2, "signed"),
+    (SIXTEEN.astype(np.uint32) << 16, 1, "more than 16 bits")])
+def test_a_tiff_whose_white_nobody_states_is_refused(tmp_path, array, sample_format, reason):
+    with pytest.raises(Rejected, match=reason):
+        pixels.read_radiograph(write_tiff(tmp_path / "x.tif", array, sample_format=sample_format), 64)
+
+
+def test_twelve_bits_in_sixteen_are_scaled_when_it_is_known(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(pixels, "WARNED", multiprocessing.RawValue("b", 0))
+    path = picture(tmp_path, SIXTEEN >> 4)                           # 0 to 4095 in a PNG of 16 bits
+    assert np.abs(pixels.read_picture(path, used_bits=12) - (SIXTEEN >> 4) / 4095).max() < 1e-6
+    assert capfd.readouterr().err == ""
+    assert np.abs(pixels.read_picture(path) - (SIXTEEN >> 4) / 65535).max() < 1e-6
+    assert "less than an eighth of its depth" in capfd.readouterr().err
+    pixels.read_picture(path)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(pixels.read_picture, [path] * 4)
+    assert capfd.readouterr().err == ""                              # one warning a run
+    with pytest.raises(Rejected, match="beyond the used depth"):
+        pixels.read_picture(path, used_bits=11)
+    eight = picture(tmp_path, RAMP, name="y.png")
+    assert np.array_equal(pixels.read_picture(eight, used_bits=12), pixels.read_picture(eight))
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "tif", "webp"])
+def test_only_one_picture_a_file(tmp_path, kind):
+    first = Image.fromarray(RAMP)
+    first.save(tmp_path / f"one.{kind}", **({"lossless": True} if kind == "webp" else {}))
+    assert np.abs(pixels.read_picture(tmp_path / f"one.{kind}") - RAMP / 255).max() < 0.01
+    first.save(tmp_path / f"two.{kind}", save_all=True, append_images=[Image.fromarray(RAMP[::-1].copy())])
+    with pytest.raises(Rejected, match="more than one picture"):
+        pixels.read_picture(tmp_path / f"two.{kind}")
+
+
+def test_a_transparent_value_is_transparent_in_8_and_16_bits(tmp_path):
+    for array in (RAMP, SIXTEEN):
+        present, absent = int(array[5, 5]), 3
+        with pytest.raises(Rejected, match="transparent"):
+            pixels.read_picture(picture(tmp_path, array, transparency=present))
+        if array is SIXTEEN:
+            pixels.read_picture(picture(tmp_path, array, transparency=absent))
+
+
+def test_a_flipped_bit_never_gives_another_picture(tmp_path):
+    """PNG has a checksum for every part: a damaged file is refused or reads as it was."""
+    whole = picture(tmp_path, RAMP).read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for place in rng.integers(8, len(whole), 100):
+        content = bytearray(whole)
+        content[place] ^= 1 << rng.integers(8)
+        (tmp_path / "y.png").write_bytes(content)
+        try:
+            assert np.array_equal(pixels.read_picture(tmp_path / "y.png"), (RAMP / 255).astype(np.float32))
+        except Rejected:
+            refused += 1
+    assert refused > 90
+
+
+def test_a_damaged_prepared_image_is_named(tmp_path):
+    for name, content in (("cut.png", picture(tmp_path, RAMP).read_bytes()[:200]), ("text.png", b"some text")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: damaged, or no grey picture of 8 or 16 bits"):
+            pixels.load_image(tmp_path / name)
+    with pytest.raises(InputError, match="x.png: .*no grey picture"):
+        pixels.load_image(picture(tmp_path, np.dstack([RAMP] * 3)))
+    with pytest.raises(FileNotFoundError):
+        pixels.load_image(tmp_path / "none.png")
+
+
+def test_images_are_written_to_new_names_and_regular_files_only(tmp_path):
+    image = torch.zeros(1, 64, 64)
+    (tmp_path / "other.png").write_bytes(b"kept")
+    (tmp_path / "link.png").symlink_to(tmp_path / "other.png")
+    for write in (pixels.save_image, lambda image, path: dicom.write(path, image, {}, "demo", 0)):
+        for path in (tmp_path / "link.png", "/dev/null"):
+            with pytest.raises(InputError, match="neither a new name nor a regular file"):
+                write(image, path)
+        with pytest.raises(RunError, match="no numbers"):
+            write(image * float("nan"), tmp_path / "nan.png")
+    assert (tmp_path / "other.png").read_bytes() == b"kept" and not (tmp_path / "nan.png").exists()
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_saved_images_come_back(tmp_path):
@@ -116,7 +244,8 @@ def test_windows_equal_pydicoms(tmp_path, tags):
     path = write_dicom(tmp_path / "a.dcm", STORED, BitsStored=12, **tags)
     ds = pydicom.dcmread(path)
     slope, intercept = tags.get("RescaleSlope", 1), tags.get("RescaleIntercept", 0)
-    shown = apply_voi_lut(ds.pixel_array.astype(int) * slope + intercept, ds)  # on the scale of the stored bits, after the modality LUT
+    # on the scale of the stored bits, after the modality LUT
+    shown = apply_voi_lut(ds.pixel_array.astype(int) * slope + intercept, ds)
     low, high = intercept, 4095 * slope + intercept
     assert np.abs(pixels.read_dicom(path) - (shown - low) / (high - low)).max() < 1e-3
 
@@ -131,7 +260,8 @@ def test_stored_bits_set_the_scale_without_a_window(tmp_path):
 def test_monochrome1_is_inverted_after_the_window(tmp_path):
     tags = {"BitsStored": 12, "WindowCenter": 1000, "WindowWidth": 600}
     normal = pixels.read_dicom(write_dicom(tmp_path / "a.dcm", STORED, **tags))
-    inverted = pixels.read_dicom(write_dicom(tmp_path / "b.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **tags))
+    inverted = pixels.read_dicom(write_dicom(tmp_path / "b.dcm", STORED, PhotometricInterpretation="MONOCHROME1",
+                                             **tags))
     assert np.allclose(inverted, 1 - normal) and normal[0, 0] == 0 and inverted[0, 0] == 1
 
 
@@ -155,8 +285,10 @@ def test_luts_by_hand(tmp_path):
     assert np.allclose(pixels.read_dicom(write_dicom(tmp_path / "b.dcm", stored, BitsStored=12, **tags)), shown)
 
 
-@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
-                                  "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "CT_small.dcm", "JPEGLSNearLossless_16.dcm",
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm",
+                                  "MR_small_jpeg_ls_lossless.dcm",
+                                  "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "CT_small.dcm",
+                                  "JPEGLSNearLossless_16.dcm",
                                   "image_dfl.dcm", "JPEG2000.dcm"])
 def test_bundled_files_equal_pydicoms_pipeline(tmp_path, name):
     """pydicom's own files, called a chest, against its modality and VOI functions on the scale of the stored bits."""
@@ -203,11 +335,13 @@ def test_transfer_syntaxes_give_the_pixels_that_went_in(tmp_path, syntax, photom
         assert writer.Write()
     else:
         ds = pydicom.dcmread(plain)
-        ds.file_meta.TransferSyntaxUID = {"implicit": pydicom.uid.ImplicitVRLittleEndian, "big endian": pydicom.uid.ExplicitVRBigEndian,
+        ds.file_meta.TransferSyntaxUID = {"implicit": pydicom.uid.ImplicitVRLittleEndian,
+                                          "big endian": pydicom.uid.ExplicitVRBigEndian,
                                           "deflated": pydicom.uid.DeflatedExplicitVRLittleEndian}[syntax]
         if syntax == "big endian":
             ds.PixelData = STORED.astype(">u2").tobytes()
-        pydicom.dcmwrite(path, ds, little_endian=syntax != "big endian", implicit_vr=syntax == "implicit", force_encoding=True)
+        pydicom.dcmwrite(path, ds, little_endian=syntax != "big endian", implicit_vr=syntax == "implicit",
+                         force_encoding=True)
     assert pydicom.dcmread(path).file_meta.TransferSyntaxUID != pydicom.dcmread(plain).file_meta.TransferSyntaxUID
     expected = STORED / 4095
     assert np.allclose(pixels.read_dicom(path), 1 - expected if photometric == "MONOCHROME1" else expected)
@@ -232,7 +366,7 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
-    Image.new("L", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 1e6
     with pytest.raises(Rejected, match="pixels"):
         pixels.read_radiograph(tmp_path / "bomb.png", 64)

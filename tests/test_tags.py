@@ -13,28 +13,38 @@ from radiographs.tags import Rejected
 
 
 @pytest.mark.parametrize("text, years", [
-    ("057Y", 57), ("057y", 57), ("0057Y", 57), ("57", 57), (" 57 ", 57), ("57.0", 57), ("57.5", 57.5), ("57 years", 57), ("1 year old", 1),
+    ("057Y", 57), ("057y", 57), ("0057Y", 57), ("57", 57), (" 57 ", 57), ("57.0", 57), ("57.5", 57.5),
+    ("57 years", 57), ("1 year old", 1),
     ("006M", 0.5), ("6 months", 0.5), ("6M", 0.5), ("002W", 14 / 365.25), ("003D", 3 / 365.25), ("000D", 0), ("0", 0),
-    ("85 or more", 85), ("90+", 90), ("000Y", None), ("0Y", None), ("1_0", None), ("٤٥", None), ("", None), (None, None), ("old", None),
-    ("414Y", None), ("121", None), ("-5", None), ("1e1", None), ("5Y6M", None), ("57X", None), ("nan", None), ("057Y\n", 57)])
+    ("85 or more", 85), ("90+", 90), ("000Y", None), ("0Y", None), ("1_0", None), ("٤٥", None), ("", None),
+    (None, None), ("old", None),
+    ("414Y", None), ("121", None), ("-5", None), ("1e1", None), ("5Y6M", None), ("57X", None), ("nan", None),
+    ("057Y\n", 57)])
 def test_ages(text, years):
     assert tags.age_of(text) == (years if years is None else pytest.approx(years))
 
 
 @pytest.mark.parametrize("birth, study, years", [
-    ("19630512", "20200511", 56), ("19630512", "20200512", 57), ("1963.05.12", "2020.05.12", 57), ("20200101", "20200701", 182 / 365.25),
-    ("20200101", "20200101", 0), ("20200102", "20200101", None), ("18630512", "20200512", None), ("19000101", "20100101", None),
+    ("19630512", "20200511", 56), ("19630512", "20200512", 57), ("1963.05.12", "2020.05.12", 57),
+    ("20200101", "20200701", 182 / 365.25),
+    ("20200101", "20200101", 0), ("20200102", "20200101", None), ("18630512", "20200512", None),
+    ("19000101", "20100101", None),
     ("", "20200101", None), ("19630512", "", None), ("19630232", "20200101", None), ("1963", "20200101", None)])
 def test_ages_by_dates(birth, study, years):
     assert tags.age_between(birth, study) == (years if years is None else pytest.approx(years))
 
 
 @pytest.mark.parametrize("text, view", [
-    ("PA", "PA"), ("pa", "PA"), ("POSTERO-ANTERIOR", "PA"), ("posteroanterior", "PA"), ("POSTERO_ANTERIOR", "PA"), ("Postero Anterior", "PA"),
-    ("PA ERECT", "PA"), ("CHEST PA", "PA"), ("AP", "AP"), ("ap", "AP"), ("AP SUPINE", "AP"), ("AP_HORIZONTAL", "AP"), ("AP LLD", "AP"),
-    ("Antero-Posterior", "AP"), ("ANTERO_POSTERIOR", "AP"), ("AP AXIAL", "AP"), ("PORTABLE AP", "AP"), ("Lateral", "LATERAL"), ("LAT", "LATERAL"),
-    ("LL", "LATERAL"), ("RL", "LATERAL"), ("L", "LATERAL"), ("LEFT LATERAL", "LATERAL"), ("LATERAL_LEFT", "LATERAL"), ("XTABLE LATERAL", "LATERAL"),
-    ("PA OBLIQUE", None), ("RAO", None), ("LPO", None), ("LATERAL DECUBITUS", None), ("LT-DECUB", None), ("AP AND LATERAL", None), ("PA/LAT", None),
+    ("PA", "PA"), ("pa", "PA"), ("POSTERO-ANTERIOR", "PA"), ("posteroanterior", "PA"), ("POSTERO_ANTERIOR", "PA"),
+    ("Postero Anterior", "PA"),
+    ("PA ERECT", "PA"), ("CHEST PA", "PA"), ("AP", "AP"), ("ap", "AP"), ("AP SUPINE", "AP"), ("AP_HORIZONTAL", "AP"),
+    ("AP LLD", "AP"),
+    ("Antero-Posterior", "AP"), ("ANTERO_POSTERIOR", "AP"), ("AP AXIAL", "AP"), ("PORTABLE AP", "AP"),
+    ("Lateral", "LATERAL"), ("LAT", "LATERAL"),
+    ("LL", "LATERAL"), ("RL", "LATERAL"), ("L", "LATERAL"), ("LEFT LATERAL", "LATERAL"), ("LATERAL_LEFT", "LATERAL"),
+    ("XTABLE LATERAL", "LATERAL"),
+    ("PA OBLIQUE", None), ("RAO", None), ("LPO", None), ("LATERAL DECUBITUS", None), ("LT-DECUB", None),
+    ("AP AND LATERAL", None), ("PA/LAT", None),
     ("COSTAL", None), ("FRONTAL", None), ("PALATE", None), ("APEX", None), ("", None), (None, None)])
 def test_views(text, view):
     assert tags.view_of(text) == view
@@ -45,15 +55,23 @@ def test_views(text, view):
     ({"PatientSex": "m", "PatientAge": "006M", "ViewPosition": "ll"}, {"age": 0.5, "sex": "male", "view": "LATERAL"}),
     ({"PatientSex": "O", "PatientAge": "000Y", "ViewPosition": "RAO"}, {}),
     ({"PatientSex": "", "PatientAge": "000", "ViewPosition": ""}, {}),
-    ({"PatientAge": "", "PatientBirthDate": "19630512", "StudyDate": "20200511"}, {"age": 56, "sex": "female", "view": "PA"}),
-    ({"PatientAge": None, "PatientBirthDate": "19630512", "AcquisitionDate": "20200511"}, {"age": 56, "sex": "female", "view": "PA"}),
+    ({"PatientAge": "", "PatientBirthDate": "19630512", "StudyDate": "20200511"},
+     {"age": 56, "sex": "female", "view": "PA"}),
+    ({"PatientAge": None, "PatientBirthDate": "19630512", "AcquisitionDate": "20200511"},
+     {"age": 56, "sex": "female", "view": "PA"}),
     ({"PatientAge": "000Y", "PatientBirthDate": "19630512"}, {"sex": "female", "view": "PA"}),
-    ({"ViewPosition": "", "ViewCodeSequence": [code("272479007", "postero-anterior")]}, {"age": 57, "sex": "female", "view": "PA"}),
-    ({"ViewPosition": None, "ViewCodeSequence": [code("R-10206", "antero-posterior", "SRT")]}, {"age": 57, "sex": "female", "view": "AP"}),
-    ({"ViewPosition": None, "ViewCodeSequence": [code("399173006", "left lateral")]}, {"age": 57, "sex": "female", "view": "LATERAL"}),
-    ({"ViewPosition": None, "ViewCodeSequence": [code("399059000", "postero-anterior oblique")]}, {"age": 57, "sex": "female"}),
-    ({"ViewPosition": None, "ViewCodeSequence": [code("7", "Lateral", "99LOCAL")]}, {"age": 57, "sex": "female", "view": "LATERAL"}),
-    ({"ViewPosition": "PA", "ViewCodeSequence": [code("399067008", "lateral")]}, {"age": 57, "sex": "female"}),     # a contradiction
+    ({"ViewPosition": "", "ViewCodeSequence": [code("272479007", "postero-anterior")]},
+     {"age": 57, "sex": "female", "view": "PA"}),
+    ({"ViewPosition": None, "ViewCodeSequence": [code("R-10206", "antero-posterior", "SRT")]},
+     {"age": 57, "sex": "female", "view": "AP"}),
+    ({"ViewPosition": None, "ViewCodeSequence": [code("399173006", "left lateral")]},
+     {"age": 57, "sex": "female", "view": "LATERAL"}),
+    ({"ViewPosition": None, "ViewCodeSequence": [code("399059000", "postero-anterior oblique")]},
+     {"age": 57, "sex": "female"}),
+    ({"ViewPosition": None, "ViewCodeSequence": [code("7", "Lateral", "99LOCAL")]},
+     {"age": 57, "sex": "female", "view": "LATERAL"}),
+    # a contradiction
+    ({"ViewPosition": "PA", "ViewCodeSequence": [code("399067008", "lateral")]}, {"age": 57, "sex": "female"}),
     ({"ViewPosition": None, "PatientOrientation": ["A", "F"]}, {"age": 57, "sex": "female", "view": "LATERAL"}),
     ({"ViewPosition": None, "PatientOrientation": ["L", "F"]}, {"age": 57, "sex": "female"}),
     ({"PatientID": "  "}, {"age": 57, "sex": "female", "view": "PA"})])
@@ -101,8 +119,10 @@ def test_one_damaged_header_costs_one_file_and_is_not_quoted(tmp_path, keyword, 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.dcm")
     (tmp_path / "folder.dcm").mkdir()
-    for name, reason in (("pipe.dcm", "not a regular file"), ("folder.dcm", "not a regular file"), ("none.dcm", "no such file")):
-        for read in (lambda path: pixels.read_radiograph(path, 64), pixels.read_picture, pixels.read_dicom, pixels.is_synthetic):
+    for name, reason in (("pipe.dcm", "not a regular file"), ("folder.dcm", "not a regular file"),
+                         ("none.dcm", "no such file")):
+        for read in (lambda path: pixels.read_radiograph(path, 64), pixels.read_picture, pixels.read_dicom,
+                     pixels.is_synthetic):
             with pytest.raises(Rejected, match=reason):
                 read(tmp_path / name)
         assert tags.dicom_tags(tmp_path / name) == {} and not tags.is_dicom(tmp_path / name)
@@ -113,7 +133,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 ELEMENT = b"\x08\x00\x05\x00CS\x00\x00"                              # an empty one, eight bytes
 
 
-@pytest.mark.parametrize("after", [bytes(2 ** 22), ELEMENT * 2 ** 18, b"\x02\x00\x00\x00UL\x04\x00\0\0\0\0" + ELEMENT * 2 ** 18,
+@pytest.mark.parametrize("after",
+                         [bytes(2 ** 22), ELEMENT * 2 ** 18, b"\x02\x00\x00\x00UL\x04\x00\0\0\0\0" + ELEMENT * 2 ** 18,
                                    b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 2 ** 17])
 def test_a_header_that_does_not_end_is_given_up(tmp_path, monkeypatch, after):
     """Zeros, elements without end, sequences in sequences: after so many reads, whatever the size of the file."""
