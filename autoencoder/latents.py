@@ -4,26 +4,25 @@
              latents.json            the VAE's fingerprint, the images' fingerprints, and which image each row is
 
 Made by `python -m autoencoder encode`, or `torchrun --nproc_per_node=8 -m autoencoder encode`; the same command again
-continues. A cache belongs to one VAE and to the images as they were: continuing or training with others is refused. Labels
-may change, no latent depends on them.
+continues. A cache belongs to one VAE and to the images as they were: continuing or training with others is refused.
+Labels may change, no latent depends on them.
 """
 import hashlib
-import json
+import math
 import os
-import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
 import data
 import metrics
-from common import cli
+from common import cli, hub
 from encoders.perceptual import perceptual_loss, to_encoder_input
 from radiographs import pixels
+from training import parallel
 from vae import psnr, ssim
 
 SHARD = 1024  # images
@@ -34,9 +33,10 @@ def names_of(radiographs):
     return ["/".join(record["path"].parts[-3:]) for record in radiographs.records]
 
 
-def stamp(path):
+def file_checksum(path):
     """What changes when an image does: the size and the last 20 bytes of its file. They are read instead of the whole,
-    for there may be a million files; a PNG's compressed pixels end in a checksum of them all, 20 bytes before its end."""
+    for there may be a million files; a PNG's compressed pixels end in a checksum of them all, 20 bytes before its
+    end."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 20))
@@ -47,76 +47,137 @@ def fingerprints(radiographs):
     """"SOURCE, SPLIT" -> sixteen hex digits of the names and contents of its images, in the index's order."""
     digests = {}
     with ThreadPool(16) as pool:  # a network's file system answers many at a time
-        stamps = pool.imap(stamp, [record["path"] for record in radiographs.records], chunksize=256)
-        for name, record, content in zip(names_of(radiographs), radiographs.records, stamps):
+        checksums = pool.imap(file_checksum, [record["path"] for record in radiographs.records], chunksize=256)
+        for name, record, content in zip(names_of(radiographs), radiographs.records, checksums):
             digest = digests.setdefault(f"{name.split('/')[0]}, {record['split']}", hashlib.sha256())
-            digest.update(name.encode() + b"\n" + content)
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\n" + content)
     return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
 
 
-@torch.no_grad()
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
 def encode(folders, model, out, versions=1, batch=16):
     """Encodes every image of the prepared sources; finished shards are kept.
 
     With versions > 1 a training image has that many rows: as it is, and jittered, so that a small data set is not
-    learnt by heart. The jitter of a row depends on its number alone. Under torchrun every process takes its share of the
-    shards, on a GPU of its own; nothing has to be said between them.
+    learnt by heart. The jitter of a row depends on its number alone. Under torchrun every process takes its share of
+    the shards, on a GPU of its own.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, _ = cli.pick_device()
-    model.to(device)
-    images = data.Radiographs(folders)
+    parallel.join()
+    images = parallel.on_first(lambda: data.Radiographs(folders))
+    rows = [(i, version) for i, record in enumerate(images.records)
+            for version in range(versions if record["split"] == "train" else 1)]
+    with parallel.locked(out):
+        parallel.on_first(lambda: begin(out, table_of(images, rows, model)))
+        model.to(cli.pick_device()[0])
+        starts = range(parallel.rank * SHARD, len(rows), parallel.world * SHARD)
+        for start in tqdm(starts, unit="shard", disable=None if parallel.rank == 0 else True):
+            path = out / f"{start // SHARD:05}.safetensors"
+            if not path.exists():
+                encode_shard(path, images, rows, range(start, min(start + SHARD, len(rows))), model, batch)
+        parallel.leave()                                             # not before all are here
+
+
+def table_of(images, rows, model):
+    """The content of latents.json."""
     names = names_of(images)
     if len(set(names)) < len(images):
         raise cli.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
-    rows = [(i, version) for i, record in enumerate(images.records)
-            for version in range(versions if record["split"] == "train" else 1)]
-    about = {"vae": model.fingerprint, "images": fingerprints(images), "rows": [names[i] for i, _ in rows]}
+    return {"vae": model.fingerprint, "images": fingerprints(images), "rows": [names[i] for i, _ in rows]}
+
+
+def begin(out, about):
+    """Writes OUT/latents.json, or finds that it is the same already. Refuses a folder of anything else."""
     table = out / "latents.json"
-    while rank and not table.exists():  # the first process checks the folder before anybody writes there
-        time.sleep(0.1)
     if not table.exists() and any(out.glob("*.safetensors")):
         raise cli.InputError(f"{out} holds files that are not these latents; name another --out")
-    before = json.loads(table.read_text()) if table.exists() else about
+    before = cli.read_json(table) if table.exists() else about
     for key, what in (("vae", "another VAE"), ("images", "other images, or of these before they changed"),
                       ("rows", "other --versions of these images")):
         if before.get(key) != about[key]:
             raise cli.InputError(f"{out} holds latents of {what}; delete it, or name another --out")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        cli.write_json(table, about)
+    cli.write_json(table, about)
 
-    def picture(row):
-        i, version = rows[row]
-        x = images[i][None]                                          # 1 1 H W
-        return pixels.jitter(x, torch.Generator().manual_seed(row)) if version else x
 
-    for start in tqdm(range(rank * SHARD, len(rows), world * SHARD), unit="shard", disable=rank > 0):
-        path, stop = out / f"{start // SHARD:05}.safetensors", min(start + SHARD, len(rows))
-        if path.exists():
-            continue
-        moments = []
-        for first in range(start, stop, batch):
-            x = torch.cat([picture(row) for row in range(first, min(first + batch, stop))])  # N 1 H W
-            moments.append([half.half().cpu() for half in model.encode(x.to(device))])
-        mean, logvar = (torch.cat(halves) for halves in zip(*moments))
-        safetensors.torch.save_file({"mean": mean, "logvar": logvar}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+@torch.no_grad()
+def encode_shard(path, images, rows, numbers, model, batch):
+    """Writes the latents of the rows with those numbers; a row is an image and its version."""
+    device, parts = next(model.parameters()).device, []
+    for first in range(numbers.start, numbers.stop, batch):
+        x = torch.cat([picture(images, *rows[n], n) for n in range(first, min(first + batch, numbers.stop))])  # N 1 H W
+        parts.append([half.half().cpu() for half in model.encode(x.to(device))])
+    mean, logvar = (torch.cat(halves) for halves in zip(*parts))
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise cli.RunError(f"{path}: the VAE gives latents that are not finite; nothing was written")
+    hub.save_tensors({"mean": mean, "logvar": logvar}, path, torch.float16)
+
+
+def picture(images, i, version, number):                             # 1 1 H W
+    x = images[i][None]
+    return pixels.jitter(x, torch.Generator().manual_seed(number)) if version else x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+class Shards:
+    """shards[row] is (mean, log-variance) of a row, each (4c, h, w) float32, read from disk when asked. A copy that is
+    handed to another process opens the files anew."""
+
+    def __init__(self, folder):
+        self.folder, self.files = Path(folder), {}
+
+    def __getstate__(self):
+        return {"folder": self.folder, "files": {}}
+
+    def path(self, number):
+        return self.folder / f"{number:05}.safetensors"
+
+    def open(self, number):
+        if number not in self.files:
+            try:
+                self.files[number] = safetensors.safe_open(self.path(number), "pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise cli.InputError(f"{self.path(number)}: missing or damaged ({error}); delete it and encode again") from None
+        return self.files[number]
+
+    def __getitem__(self, row):
+        file = self.open(row // SHARD)
+        return tuple(file.get_slice(name)[row % SHARD].float() for name in ("mean", "logvar"))
+
+    def check(self, rows):
+        """Refuses shards that are missing, cut short, or not `rows` latents of one shape."""
+        shapes = set()
+        for number in range(math.ceil(rows / SHARD)):
+            file, count = self.open(number), min(SHARD, rows - number * SHARD)
+            if set(file.keys()) != {"mean", "logvar"}:
+                raise cli.InputError(f"{self.path(number)}: no mean and logvar in it; delete it and encode again")
+            sizes = [tuple(file.get_slice(name).get_shape()) for name in ("mean", "logvar")]
+            shapes.add(sizes[0][1:])
+            if sizes[0] != sizes[1] or sizes[0][0] != count or len(sizes[0]) != 4 or len(shapes) > 1:
+                raise cli.InputError(f"{self.path(number)}: holds {sizes[0]} and {sizes[1]}, where {count} latents of one shape are "
+                                     "expected; delete it and encode again")
+            del self.files[number]                                   # a million images have a thousand files
 
 
 class Latents:
-    """Cached latents by row: latents[row] is (mean, log-variance), each (4c, h, w) float32, read from disk when asked."""
+    """A cache: `rows` says where the versions of each image are in `shards`."""
 
     def __init__(self, folder):
-        self.folder, self.shards = Path(folder), {}
-        if not (self.folder / "latents.json").exists():
+        self.folder, self.shards, self.rows = Path(folder), Shards(folder), {}
+        table = self.folder / "latents.json"
+        if not table.exists():
             raise cli.InputError(f"{folder}: no latents.json; make it with python -m autoencoder encode")
-        about = json.loads((self.folder / "latents.json").read_text())
+        about = cli.read_json(table)
         if set(about) != {"vae", "images", "rows"}:
-            raise cli.InputError(f"{folder}: latents.json was written by another version of this code; encode again")
-        self.vae, self.images, self.rows = about["vae"], about["images"], {}  # rows: image -> where its versions are
+            raise cli.InputError(f"{table}: written by another version of this code; encode again")
+        self.vae, self.images = about["vae"], about["images"]
+        if not (isinstance(self.images, dict) and isinstance(about["rows"], list) and set(map(type, about["rows"])) == {str}):
+            raise cli.InputError(f"{table}: damaged; encode again")
         for row, name in enumerate(about["rows"]):
             self.rows.setdefault(name, []).append(row)
+        self.shards.check(len(about["rows"]))
 
     def check(self, radiographs):
         """Refuses images other than those that were encoded."""
@@ -125,17 +186,17 @@ class Latents:
                 raise cli.InputError(f"{self.folder}: the images of {part} are not those that were encoded; encode again")
 
     def __getitem__(self, row):
-        number, row = divmod(row, SHARD)
-        if number not in self.shards:
-            self.shards[number] = safetensors.safe_open(self.folder / f"{number:05}.safetensors", "pt")
-        return tuple(self.shards[number].get_slice(name)[row].float() for name in ("mean", "logvar"))
+        return self.shards[row]
 
+
+# ---------------------------------------------------------------------------------------------------------
+# What is lost
 
 @torch.no_grad()
 def evaluate(model, images, encoder=None, batch=16):
-    """What reconstruction does to `images`, a sequence of (1, H, W) in [-1, 1]: {"psnr": in dB, "ssim": ...}, each (N,). With
-    an encoder of raddino.py "perceptual", (N,), as well, and "fdd", one number: the Fréchet distance of originals and
-    reconstructions in its features."""
+    """What reconstruction does to `images`, a sequence of (1, H, W) in [-1, 1]: {"psnr": in dB, "ssim": ...}, each
+    (N,). With an encoder of raddino.py "perceptual", (N,), as well, and "fdd", one number: the Fréchet distance of
+    originals and reconstructions in its features."""
     scores, seen, device = {"psnr": [], "ssim": []}, [], next(model.parameters()).device
     for start in tqdm(range(0, len(images), batch), unit="batch", leave=False):
         x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))]).to(device)  # N 1 H W

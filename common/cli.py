@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import functools
 import json
 import math
 import os
@@ -64,6 +65,13 @@ def integer(low, high):
         if not (digits.isascii() and digits.isdecimal() and len(digits) < 20 and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
         return int(text)
+    return parse
+
+
+def integers(low, high):
+    """Whole numbers from low to high, separated by commas, as a tuple."""
+    def parse(text):
+        return tuple(integer(low, high)(part) for part in text.split(","))
     return parse
 
 
@@ -192,6 +200,7 @@ def pick_device():
     return device, fast_bf16(device)
 
 
+@functools.cache  # once: threads that change during a training would change its rounding
 def use_idle_cores():
     """As many threads as cores are idle, at least one. The threads of a matrix product wait for the slowest of them: on
     cores that others keep busy, two take longer than one. OMP_NUM_THREADS overrides it; only Linux tells (/proc/stat)."""

@@ -104,15 +104,15 @@ class ClassifierTask:
         entropies = [F.cross_entropy(x.float(), code - 1, ignore_index=-1, reduction="sum") for x, code in zip(logits, codes.T)]
         return age_loss, sum(entropies) / len(images)
 
-    def loss(self, model, batch, draw):
+    def loss(self, model, batch, rng):
         images, age, codes = batch                                   # N 1 H W, N, N 18
-        images = pixels.jitter(images, draw.rng)
+        images = pixels.jitter(images, rng.generator)
         patches = (model.config.encoder.image_size // model.config.encoder.patch) ** 2
-        keep = draw.uniform(patches).argsort(1)[:, :patches // 2]
+        keep = rng.uniform(patches).argsort(1)[:, :patches // 2]
         age_loss, entropy = self.terms(model, images, age, codes, keep)
         return age_loss + entropy, {"age_loss": age_loss, "entropy": entropy}
 
-    def preview(self, ema, path):
+    def measure(self, ema, micro):
         results = measure(self.held_out, predict(ema, self.held_out), ema.config, repeats=0)
         scores = {f"{r['field']} {r['value']}": round(r["auroc"], 3) for r in results if math.isfinite(r.get("auroc", math.nan))}
         return {"held_out_auroc": float(np.mean(list(scores.values()))), "held_out_aurocs": scores,

@@ -4,14 +4,19 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # AdamW does so at its first use: once here instead of in every process
 
 import radit
 import train
 import vae
-from training import parallel
+from autoencoder import latents
+from autoencoder.load import load_vae
+from common import cli
+from training import log, parallel
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -20,7 +25,7 @@ context.set_forkserver_preload(["job"])
 
 
 def radit_job(cfg, out, blocks=2, **how):
-    """RadiT on 48 images of noise; how: compiled, checkpointed, sharded = True."""
+    """RadiT on 48 images of noise; how: compiled, recomputed, sharded = True."""
     config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2, examples=[{"sex": "male"}])
     rng = torch.Generator().manual_seed(9)
     columns = [torch.randn(48, 1, 16, 16, generator=rng), torch.full((48, 1, 16, 16), -2.0), torch.rand(48, generator=rng) * 90,
@@ -28,7 +33,8 @@ def radit_job(cfg, out, blocks=2, **how):
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
     task = train.RadiTTask(config, [column[:8] for column in columns], None)
-    return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **{key: model.blocks for key, on in how.items() if on})
+    chosen = {key: model.blocks for key, on in how.items() if on}
+    return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **chosen)
 
 
 def vae_job(cfg, out):
@@ -64,12 +70,12 @@ class Seen:
     def __init__(self, out):
         self.file = out / "seen.txt"
 
-    def loss(self, model, batch, draw):
+    def loss(self, model, batch, rng):
         with open(self.file, "a") as file:
             file.write(json.dumps(batch[0].tolist()) + "\n")
-        return model(batch[0][:, None] + draw.normal(2)).square().mean(), {}
+        return model(batch[0][:, None] + rng.normal(2)).square().mean(), {}
 
-    def preview(self, ema, path):
+    def measure(self, ema, micro):
         return {}
 
 
@@ -78,17 +84,33 @@ def seen_job(cfg, out):
     return train.train(Seen(out), Line(), torch.utils.data.TensorDataset(torch.arange(10)), cfg, out)
 
 
-JOBS = {"radit": radit_job, "vae": vae_job, "seen": seen_job}
+def encode_job(folders, out, vae_folder):
+    """The first argument stands where other jobs have their TrainConfig. Shards of two images."""
+    latents.SHARD = 2
+    latents.encode(folders, load_vae(vae_folder), out)
 
 
-def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, **how):
-    """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps."""
+def command_job(arguments, out):
+    """`python train.py ARGUMENTS --out OUT`, its size XS made tiny."""
+    radit.SIZES["XS"] = (64, 2, 2)
+    sys.argv = ["train.py", *map(str, arguments), "--out", str(out)]
+    cli.run(train.main)
+
+
+JOBS = {"encode": encode_job, "command": command_job, "radit": radit_job, "vae": vae_job, "seen": seen_job}
+
+
+def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, picture=False, **how):
+    """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps. Without
+    `picture` no preview is drawn, which takes longer than all the steps."""
     if world:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         parallel.launched, parallel.rank, parallel.world = True, rank, world
     parallel.TIMEOUT = timeout or parallel.TIMEOUT
     torch.set_num_threads(1)
-    train.draw_curve = lambda history, path: None
+    log.plot_losses = lambda history, path: None
+    if not picture:
+        train.RadiTTask.picture = lambda *arguments: None
     if bf16:
         parallel.pick_device = train.pick_device = lambda: (torch.device("cpu"), True)
     if event and event[0] == rank:
@@ -108,7 +130,8 @@ def start(world, name, cfg, out, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=in_process, args=(rank, world, port, name, cfg, out), kwargs=options) for rank in range(world or 1)]
+    processes = [context.Process(target=in_process, args=(rank, world, port, name, cfg, out), kwargs=options)
+                 for rank in range(world or 1)]
     for process in processes:
         process.start()
     return processes
@@ -126,4 +149,6 @@ def run(*arguments, **options):
 
 
 def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """The lines of a run's log, without speed and memory."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in log.SPEED} for line in lines]

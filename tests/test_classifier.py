@@ -47,7 +47,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    cfg = train.TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=1000, save_every=1000)
+    cfg = train.TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=(1000,), save_every=1000)
     classifier.fit([source], out, cfg, config=SMALL)
     return out / "weights/classifier"
 
@@ -161,7 +161,7 @@ def test_utility_tells_useful_synthetic_data_from_useless(source, tmp_path, comm
 
 def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
     encoder = load_encoder(fitted)
-    cfg = train.TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=1, save_every=1)
+    cfg = train.TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=(1,), save_every=1)
     model = classifier.fit([source], tmp_path / "run", cfg, encoder=encoder)
     for a, b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()):
         torch.testing.assert_close(a, b)

@@ -15,9 +15,10 @@ import radit
 import train
 from common import hub
 from common.cli import InputError
-from training import checkpoint, parallel
+from training import checkpoint, log, parallel
+from training.randomness import RandomNumbers, generator
 
-CFG = dict(images=160, batch=8, lr=3e-3, warmup=40, ema=200, log_every=1, save_every=10)  # 20 steps
+CFG = dict(images=160, batch=8, lr=3e-3, warmup=40, ema=(200,), log_every=1, save_every=10)  # 20 steps
 
 
 def config(**changes):
@@ -49,7 +50,7 @@ def state_of(run):
     folder = checkpoint.latest(run)
     known = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(stored.size, dtype=stored.properties.dtype) for name, stored in known.items()}
-    checkpoint.load(folder, tensors, {})
+    checkpoint.read(folder, tensors, alone=True)
     return tensors
 
 
@@ -62,8 +63,8 @@ def identical(a, b):
 
 @pytest.mark.parametrize("world, changes, how", [
     (2, {}, {}), (2, {}, {"sharded": True}),
-    (0, {"accumulate": 4}, {"checkpointed": True}),
-    (2, {"accumulate": 2}, {"sharded": True, "checkpointed": True})], ids=["ddp", "fsdp", "accumulate", "all"])
+    (0, {"accumulate": 4}, {"recomputed": True}),
+    (2, {"accumulate": 2}, {"sharded": True, "recomputed": True})], ids=["ddp", "fsdp", "accumulate", "all"])
 def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
     assert set(job.run(world, "radit", config(**changes), tmp_path / "run", **how)) == {0}
     same(tmp_path / "run", one, 1e-4)
@@ -80,7 +81,7 @@ def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
 def test_each_layout_continues_what_another_began(one, tmp_path):
     """One process begins, two with FSDP continue, two with DDP, one finishes."""
     out = tmp_path / "run"
-    for images, world, how in ((40, 0, {}), (80, 2, {"sharded": True}), (120, 2, {}), (160, 0, {"checkpointed": True})):
+    for images, world, how in ((40, 0, {}), (80, 2, {"sharded": True}), (120, 2, {}), (160, 0, {"recomputed": True})):
         assert set(job.run(world, "radit", config(images=images), out, **how)) == {0}
     held_out = [line.pop("held_out_loss", None) for line in log_of(out)]
     assert sum(value is not None for value in held_out) == 4         # at the end of each part
@@ -146,13 +147,13 @@ def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
 
 
 def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
-    def draw(part):
-        rng = train.Draw(train.generator("cpu", 3, 640), 8, part)
-        return rng.normal(2, 3), rng.uniform(5), rng(lambda count, rng: train.flow.sample_times(count, 2.0, rng))
-    whole, halves = draw(slice(None)), [draw(slice(0, 4)), draw(slice(4, 8))]
+    def numbers_of(part):
+        rng = RandomNumbers(generator("cpu", 3, 640), 8, part)
+        return rng.normal(2, 3), rng.uniform(5), rng.rows(lambda count, rng: train.flow.sample_times(count, 2.0, rng))
+    whole, halves = numbers_of(slice(None)), [numbers_of(slice(0, 4)), numbers_of(slice(4, 8))]
     for i, numbers in enumerate(whole):
         assert torch.equal(numbers, torch.cat([half[i] for half in halves])) and len(numbers) == 8
-    assert not torch.equal(whole[0], train.Draw(train.generator("cpu", 3, 648), 8).normal(2, 3))
+    assert not torch.equal(whole[0], RandomNumbers(generator("cpu", 3, 648), 8).normal(2, 3))
     assert ((whole[2].sort().values == whole[2]).all())              # the stratified times: one in each eighth
 
 
@@ -160,10 +161,10 @@ def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, world, accumulate, accepted):
     monkeypatch.setattr(parallel, "world", world)
     if accepted:
-        assert train.micro_batch(config(accumulate=accumulate)) == 2
+        assert parallel.micro_batch(8, accumulate) == 2
         return
     with pytest.raises(InputError, match=f"--batch 8 cannot be shared by {world} processes, --accumulate {accumulate}"):
-        train.micro_batch(config(accumulate=accumulate))
+        parallel.micro_batch(8, accumulate)
 
 
 def test_the_command_line_refuses_before_it_writes(command, tmp_path):
@@ -202,7 +203,7 @@ def bf16_is_used():
 def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monkeypatch, bf16):
     device = parallel.pick_device()[0]
     monkeypatch.setattr(train, "pick_device", lambda: (device, bf16))
-    monkeypatch.setattr(train, "draw_curve", lambda history, path: None)
+    monkeypatch.setattr(log, "plot_losses", lambda history, path: None)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -215,20 +216,20 @@ def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_is_waited_for_at_the_log_only(tmp_path, monkeypatch):
     """Between two lines nothing synchronises, from the second interval on: torch would raise."""
-    monkeypatch.setattr(train, "draw_curve", lambda history, path: None)
-    lines, summary = [], train.summary
+    monkeypatch.setattr(log, "plot_losses", lambda history, path: None)
+    lines, means = [], train.means
 
     def watched(*arguments):
         torch.cuda.set_sync_debug_mode("default")
         lines.append(1)
-        return summary(*arguments)
+        return means(*arguments)
 
     class Task(train.RadiTTask):
-        def loss(self, model, batch, draw):
+        def loss(self, model, batch, rng):
             torch.cuda.set_sync_debug_mode("error" if lines else "default")
-            return super().loss(model, batch, draw)
+            return super().loss(model, batch, rng)
 
-    monkeypatch.setattr(train, "summary", watched)
+    monkeypatch.setattr(train, "means", watched)
     monkeypatch.setattr(train, "RadiTTask", Task)
     job.radit_job(config(log_every=5, save_every=20), tmp_path / "run", compiled=True)
     assert len(lines) == 4

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import radit
-import train
 import vae
 from autoencoder import latents
 from common import cli
 from radiographs import fields
+from training import __main__ as command_line
 from training import plan
 
 SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)  # 576 tokens: fused attention, as on a GPU
@@ -28,7 +28,7 @@ def saved_bytes(cfg, images, kept, bf16):
     for block in model.blocks:
         if kept == "compiled":
             block.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # what inductor keeps, without its code
-        if kept == "checkpointing":
+        if kept == "recomputed":
             block.forward = (lambda forward: lambda *x: checkpoint(forward, *x, use_reentrant=False))(block.forward)
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     storages, alive = {}, []
@@ -50,7 +50,7 @@ def saved_bytes(cfg, images, kept, bf16):
 def test_activations_are_those_that_autograd_keeps(kept, bf16):
     torch._dynamo.reset()
     expected = plan.activations(SMALL, 3, kept, bf16)
-    if kept == "checkpointing":  # autograd never keeps the block that is computed again
+    if kept == "recomputed":  # autograd never keeps the block that is computed again
         expected -= 3 * plan.kept_by_block(SMALL, "compiled", bf16)
     assert saved_bytes(SMALL, 3, kept, bf16) == pytest.approx(expected, rel=0.02)
 
@@ -68,7 +68,7 @@ def test_state_is_what_an_optimizer_holds():
 
     planned = plan.state(SMALL, 1, fsdp=False)
     assert planned["weights, float32"] == size(model.parameters())
-    assert planned["EMA, float32"] == size(average.parameters())
+    assert planned["2 EMAs, float32"] == 2 * size(average.parameters())
     assert planned["gradients, float32"] == size(p.grad for p in model.parameters())
     assert planned["copies to compute with"] == size(p.bfloat16() for p in model.parameters())
     assert planned["AdamW's moments, float32"] == size(m for s in optimizer.state.values() for m in (s["exp_avg"], s["exp_avg_sq"]))
@@ -111,16 +111,16 @@ def test_latents_on_disk(tmp_path):
 
 def test_time_and_steps_by_hand():
     """The paper's XL: 1.6e12 tokens are 1.5625e9 images of 1,024; at 1e15 FLOP/s on 64 GPUs."""
-    p = plan.Plan(radit.RadiTConfig(width=1536, depth=31, heads=12), 1.6e12, 64, 1000, 1, peak=2e15, utilisation=0.5)
+    p = plan.Plan(radit.RadiTConfig(width=1536, depth=31, heads=12), 1.6e12, 64, 1000, 1, peak=2e15, utilisation=0.5, decoder=0)
     assert p.images == 1_562_500_000 and p.steps == 1_562_500
     assert p.flops == 3 * radit.count_flops(p.cfg) * 1_562_500_000
     assert p.gpu_hours("compiled") == pytest.approx(p.flops / 1e15 / 3600)
-    assert p.gpu_hours("checkpointing") == pytest.approx(p.gpu_hours("compiled") * 4 / 3)
+    assert p.gpu_hours("recomputed") == pytest.approx(p.gpu_hours("compiled") * 4 / 3)
 
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["training", "plan", *arguments])
-    train.main()
+    command_line.main()
 
 
 def test_the_command_builds_no_weights(monkeypatch, capsys):
@@ -135,7 +135,7 @@ def test_the_command_builds_no_weights(monkeypatch, capsys):
     (1024, 64, [], "fits: DDP, compiled (no option needed)"), (1024, 8, [], "fits: DDP, compiled (--accumulate 8)"),
     (64, 1, ["--memory", "16"], "does not fit, whatever --accumulate"), (64, 64, ["--memory", "16"], "fits: FSDP, compiled (--fsdp)"),
     (1024, 64, ["--memory", "4.5"], "fits: FSDP, compiled (--fsdp --accumulate 16)"),
-    (64, 64, ["--memory", "3"], "fits: FSDP, compiled (--fsdp --checkpointing)")])
+    (64, 64, ["--memory", "3"], "fits: FSDP, compiled (--fsdp --recompute)")])
 def test_what_fits(monkeypatch, capsys, batch, gpus, more, said):
     run(monkeypatch, "--batch", str(batch), "--gpus", str(gpus), *more)
     assert said in capsys.readouterr().out
@@ -150,7 +150,7 @@ ROWS = re.findall(r"\| `(--size .*?)` \| (.*) \|", (ROOT / "training/README.md")
 
 
 @pytest.mark.parametrize("options, figures", ROWS)
-def test_the_table_in_gpu_md_is_what_the_plan_says(options, figures):
+def test_the_table_in_the_readme_is_what_the_plan_says(options, figures):
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
     p = plan.make(parser.parse_args(options.split()))
@@ -161,13 +161,13 @@ def test_the_table_in_gpu_md_is_what_the_plan_says(options, figures):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tokens", "many"], "many"), (["--tokens", "-1"], "-1 is not a number above 0"), (["--tokens", "nan"], "nan is not"),
-    (["--utilisation", "40"], "40 is not a share above 0 and at most 1"), (["--gpus", "0"], "0 is not a whole number above 0"),
+    (["--tokens", "many"], "many"), (["--tokens", "-1"], "'-1' is not a number from 1 to 1e+18"), (["--tokens", "nan"], "'nan' is not a number"),
+    (["--utilisation", "40"], "'40' is not a number from 0.001 to 1"), (["--gpus", "0"], "'0' is not a whole number from 1 to"),
     (["--gpus", "7"], "--batch 1024 cannot be split evenly among 7 GPUs x 1 parts"),
     (["--side", "500"], "--side 500 is not a multiple of 16 pixels"), (["--size", "M"], "'XL'")])
 def test_bad_values_are_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr("sys.argv", ["training", "plan", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run(command_line.main)
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and len(errors.splitlines()) == 1 and message in errors

@@ -1,17 +1,17 @@
 """The loop: exact resume after a kill, refusal of a non-finite loss, and phantoms drawn as asked, end to end."""
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
+import types
 
+import job
 import numpy as np
 import phantom
 import pytest
 import torch
 from conftest import ROOT
+from job import log_of
 from safetensors.torch import load_file
 
 import data
@@ -20,26 +20,31 @@ import sample
 import train
 import vae
 from autoencoder.load import load_vae
-from common import hub
-from common.cli import InputError
+from common import cli, hub
+from common.cli import InputError, RunError
 from encoders import perceptual, raddino
 from radiographs import fields
-from training import checkpoint
+from training import checkpoint, log
+from training.examples import Examples, made_up_metadata
+from training.randomness import RandomNumbers, batches
 
 
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def few_phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("few") / "phantom"
+    phantom.write_source(root, 80)
+    return root
 
 
 def test_each_epoch_sees_every_image_once_wherever_it_starts():
-    stream = train.batches(10, 4, seed=3, seen=0)
+    stream = batches(10, 4, seed=3, seen=0)
     indices = sum((next(stream) for _ in range(10)), [])             # 40 images: four epochs, batches across their ends
     for epoch in range(4):
         assert sorted(indices[epoch * 10:epoch * 10 + 10]) == list(range(10))
     assert indices[:10] != indices[10:20]
-    resumed = train.batches(10, 4, seed=3, seen=12)
+    resumed = batches(10, 4, seed=3, seen=12)
     assert sum((next(resumed) for _ in range(7)), []) == indices[12:]
-    assert next(train.batches(10, 4, seed=4, seen=0)) != indices[:4]
+    assert next(batches(10, 4, seed=4, seen=0)) != indices[:4]
 
 
 def test_ema_against_the_recursion_by_hand():
@@ -52,46 +57,225 @@ def test_ema_against_the_recursion_by_hand():
     assert ema.weight.item() == pytest.approx(1.0)
 
 
-def radit_command(phantoms, out, images, *more):
-    return [sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels", "--patch", "8", "--size", "XS",
-            "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images), "--out", str(out), "--no-compile", *more]
+STEPS = ["--batch", "4", "--log-every", "2", "--save-every", "4"]
 
 
-def vae_command(phantoms, out, images, *more):
-    return [sys.executable, str(ROOT / "train.py"), "vae", "--data", str(phantoms), "--widths", "8,16", "--layers", "1", "--groups",
-            "4", "--latent-channels", "2", "--batch", "4", "--log-every", "2", "--save-every", "4", "--images", str(images),
-            "--out", str(out), *more]
+def radit_options(phantoms, images, *more):
+    return ["radit", "--data", phantoms, "--pixels", "--patch", "8", "--size", "XS", "--no-compile", *STEPS, "--images", images, *more]
 
 
-@pytest.mark.parametrize("name, make", [("radit", radit_command), ("vae", vae_command)])
-def test_a_killed_run_continues_with_the_same_losses(phantoms, tmp_path, name, make):
+def vae_options(phantoms, images, *more):
+    return ["vae", "--data", phantoms, "--widths", "8,16", "--layers", "1", "--groups", "4", "--latent-channels", "2", *STEPS,
+            "--images", images, *more]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """train.py in this process with a tiny XS and without pictures, which take longer than the steps."""
+    monkeypatch.setitem(radit.SIZES, "XS", (64, 2, 2))
+    monkeypatch.setattr(train.RadiTTask, "picture", lambda *arguments: None)
+    monkeypatch.setattr(log, "plot_losses", lambda history, path: None)
+
+
+@pytest.mark.parametrize("name, options", [("radit", radit_options), ("vae", vae_options)])
+def test_a_killed_run_continues_with_the_same_losses(few_phantoms, tmp_path, name, options):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(make(phantoms, whole, 96), check=True, capture_output=True)
-    process = subprocess.Popen(make(phantoms, killed, 96), stdout=subprocess.PIPE)
+    arguments = options(few_phantoms, 96)
+    assert job.run(0, "command", arguments, whole) == [0]
+    process, = job.start(0, "command", arguments, killed)
     deadline = time.time() + 300
-    while not (killed / "log.jsonl").exists() or len(log_of(killed)) < 3:        # past the checkpoint at 16, before 96
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    first = log_of(killed)
-    assert 24 <= first[-1]["images"] < 96
-    output = subprocess.run(make(phantoms, killed, 96), check=True, capture_output=True, text=True).stdout
-    assert "starting at 0 seen" not in output
+    while not checkpoint.latest(killed):                                         # at 16 images, there by 32
+        assert time.time() < deadline and process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert log_of(killed)[-1]["images"] < 96
+    assert job.run(0, "command", arguments, killed) == [0]
     assert log_of(killed) == log_of(whole)                                       # every loss, bit for bit
-    assert (killed / f"weights/{name}/model.safetensors").read_bytes() == (whole / f"weights/{name}/model.safetensors").read_bytes()
+    weights = f"weights/{name}/model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-def test_another_configuration_does_not_resume(phantoms, tmp_path):
-    subprocess.run(radit_command(phantoms, tmp_path / "run", 8), check=True, capture_output=True)
-    done = subprocess.run(radit_command(phantoms, tmp_path / "run", 8, "--seed", "1"), capture_output=True, text=True)
-    assert done.returncode == 2 and "started with seed = 0, not 1" in done.stderr
+def test_another_configuration_does_not_resume(few_phantoms, tmp_path, command, tiny):
+    status, output, _ = command("train.py", *radit_options(few_phantoms, 8), "--out", tmp_path / "run")
+    assert status == 0 and "first step done after" in output and "min left" in output
+    status, _, errors = command("train.py", *radit_options(few_phantoms, 8, "--seed", "1"), "--out", tmp_path / "run")
+    assert status == 2 and "started with seed = 0, not 1" in errors
+
+
+def test_corrected_labels_are_named_and_continue_by_a_flag(tmp_path, command, tiny):
+    phantom.write_source(tmp_path / "phantom", 30)
+    index, run = tmp_path / "phantom/index.csv", tmp_path / "run"
+    assert command("train.py", *radit_options(tmp_path / "phantom", 8), "--out", run)[0] == 0
+    rows = index.read_text().splitlines()
+    place = next(i for i, row in enumerate(rows) if ",Female," in row and ",train," in row)
+    rows[place] = rows[place].replace(",Female,", ",Male,")
+    index.write_text("\n".join(rows))
+    status, _, errors = command("train.py", *radit_options(tmp_path / "phantom", 16), "--out", run)
+    assert status == 2 and "covered[sex][female] = " in errors and "--changed-labels" in errors
+    assert command("train.py", *radit_options(tmp_path / "phantom", 16, "--changed-labels"), "--out", run)[0] == 0
+    assert log_of(run)[-1]["images"] == 16
+
+
+def test_saves_need_not_fall_on_lines_of_the_log(tmp_path):
+    cfg = train.TrainConfig(images=100, batch=4, lr=0.01, log_every=7, save_every=5, keep=9)
+    train.train(Fragile(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    assert [folder.name for folder in checkpoint.complete(tmp_path / "run")] == ["20", "40", "60", "80", "100"]
+    assert [line["images"] for line in log_of(tmp_path / "run")] == [20, 28, 40, 56, 60, 80, 84, 100]
+
+
+def test_of_two_trainings_in_one_folder_the_second_is_refused(tmp_path, few_phantoms, command, tiny):
+    with cli.locked(tmp_path / "run"):
+        status, _, errors = command("train.py", *radit_options(few_phantoms, 8), "--out", tmp_path / "run")
+    assert status == 2 and "another command is filling this folder" in errors and len(errors.splitlines()) == 1
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_average_with_the_least_held_out_loss_becomes_the_weights(tmp_path, few_phantoms, command, tiny):
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = radit_options(few_phantoms, 64, "--ema", "1,1000000", "--lr", "0.003", "--warmup", "0")
+    assert command("train.py", *options, "--out", run)[0] == 0
+    last = log_of(run)[-1]
+    losses = last["held_out_loss_by_ema"]
+    assert list(losses) == ["1", "1000000"] and losses["1"] != losses["1000000"] and last["held_out_loss"] == min(losses.values())
+    assert command("training", "export", run, out)[0] == 0
+    assert (out / "radit/model.safetensors").read_bytes() == (run / "weights/radit/model.safetensors").read_bytes()
+    other = max(losses, key=losses.get)
+    assert f"half-life of {int(other):,}" in command("training", "export", run, out, "--ema", other)[1]
+    assert (out / "radit/model.safetensors").read_bytes() != (run / "weights/radit/model.safetensors").read_bytes()
+    status, _, errors = command("training", "export", run, out, "--ema", "5")
+    assert status == 2 and "this run keeps the half-lives 1, 1000000" in errors
+
+
+def test_what_is_published_holds_no_row_of_the_training_data(tmp_path, few_phantoms, command, tiny):
+    """config.json's examples: like the training data in every field, nobody's record."""
+    assert command("train.py", *radit_options(few_phantoms, 8), "--out", tmp_path / "run")[0] == 0
+    examples = json.loads((tmp_path / "run/weights/radit/config.json").read_text())["examples"]
+    records = data.Radiographs([few_phantoms], "train").records
+    rows = [{field: record[field] for field in fields.FIELDS if field in record} for record in records]
+    assert len(examples) == 64 and not [example for example in examples if example in rows]
+    covered = fields.coverage(records)
+    for example in examples:
+        fields.check_covered(example, covered)
+    ages = [example["age"] for example in examples]
+    assert abs(np.mean(ages) - np.mean([row["age"] for row in rows])) < 15 and len(set(ages)) > 20
+
+
+def test_examples_keep_to_the_values_of_their_data_set_and_to_the_label_policy():
+    children = [{"dataset": "a", "age": float(age), "sex": sex, "no_finding": "positive"} for age in range(1, 5) for sex in ("male", "female")]
+    adults = [{"dataset": "b", "age": float(age), "edema": edema, "no_finding": none}
+              for age in range(50, 90) for edema, none in (("positive", "negative"), ("negative", "positive"))]
+    for record in adults:
+        record["view"] = "PA" if record["age"] % 2 else "AP"
+    made = made_up_metadata(children + adults, seed=3)
+    assert made == made_up_metadata(children + adults, seed=3) and len(made) == 64
+    assert all(example["dataset"] == "b" for example in made)        # every combination of the children is a row of theirs
+    assert not any(example.get("edema") == "positive" and example.get("no_finding") == "positive" for example in made)
+    assert made_up_metadata([{}], seed=0) == []
+
+
+def test_the_learning_rate_falls_with_the_width(tmp_path, few_phantoms, command, monkeypatch):
+    """A dry run says it, and writes nothing."""
+    for size, rate in (("XS", "0.001"), ("S", "0.000667"), ("B", "0.00025")):
+        status, output, _ = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--patch", "8", "--size", size,
+                                    "--dry-run", "--out", tmp_path / "run")
+        assert status == 0 and f"learning rate {rate}," in output and "nothing was written" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--dry-run", "3"], "--batch 64 cannot be shared by 3 processes"), (["--patch", "5"], "--patch 5 does not divide"),
+    (["--images", "0"], "'0' is not a whole number from 1 to")])
+def test_a_dry_run_fails_where_the_run_would(tmp_path, few_phantoms, command, more, message):
+    status, _, errors = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--size", "XS", "--dry-run", *more,
+                                "--out", tmp_path / "run")
+    assert status == 2 and message in errors and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--clip", "nan"), ("--clip", "0"), ("--lr", "inf"), ("--lr", "-1"), ("--shift", "-1"), ("--shift", "0"), ("--ema", "-5"),
+    ("--ema", "5,,6"), ("--ema", ""), ("--warmup", "-1"), ("--images", "1e3"), ("--batch", "99999999999999999999"), ("--keep", "0"),
+    ("--log-every", "0"), ("--seed", "-1"), ("--patch", "0"), ("--accumulate", "x"), ("--out", ""), ("--logger", "paper"),
+    ("--prediction", "noise"), ("--dry-run", "0")])
+def test_values_that_make_no_sense_are_refused(tmp_path, command, option, value):
+    status, _, errors = command("train.py", "radit", "--data", "nowhere", "--pixels", "--out", tmp_path / "run", option, value)
+    assert status == 2 and option in errors and len(errors.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_either_prediction_for_either_space(tmp_path, few_phantoms, command, tiny, prediction):
+    """Pixels here, latents in the test of caches: the option decides, sample.py follows the config."""
+    assert command("train.py", *radit_options(few_phantoms, 8, "--prediction", prediction), "--out", tmp_path / "run")[0] == 0
+    model, _ = sample.load_weights(tmp_path / "run/weights")
+    assert model.config.prediction == prediction
+    assert sample.generate(model, None, [{"sex": "male"}], [0], steps=2)[0].isfinite().all()
+
+
+def test_help_says_what_every_option_does(command):
+    for name in ("radit", "vae"):
+        _, output, _ = command("train.py", name, "--help")
+        assert "see TrainConfig" not in output and output.count("\n  python train.py") + output.count("\n  torchrun") == 2
+        assert "largest norm of the gradient" in output
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, few_phantoms, command, tiny):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    run = tmp_path / "run"
+    assert command("train.py", *radit_options(few_phantoms, 16, "--logger", "tensorboard"), "--out", run)[0] == 0
+    events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
+    for key in ("loss", "rate", "grad_norm"):
+        assert [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(key)] \
+            == [(line["images"], line[key]) for line in log_of(run)]
+    assert [event.step for event in events.Scalars("held_out_loss")] == [16]
+
+
+def test_wandb_gets_the_numbers_of_the_log(tmp_path, few_phantoms, command, tiny, monkeypatch):
+    """A stand-in with wandb's two functions; the service itself cannot be asked here."""
+    said = []
+    run = types.SimpleNamespace(log=lambda numbers, step: said.append((step, numbers["loss"])))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run, __spec__=sys.__spec__))
+    assert command("train.py", *radit_options(few_phantoms, 16, "--logger", "wandb"), "--out", tmp_path / "run")[0] == 0
+    assert said == [(line["images"], line["loss"]) for line in log_of(tmp_path / "run")]
+
+
+def test_a_logger_that_is_not_installed_is_named(tmp_path, few_phantoms, command, monkeypatch):
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    status, _, errors = command("train.py", *radit_options(few_phantoms, 16, "--logger", "wandb"), "--out", tmp_path / "run")
+    assert status == 2 and "pip install wandb" in errors and not (tmp_path / "run").exists()
+
+
+def test_the_log_holds_speed_rate_and_memory(tmp_path, few_phantoms, command, tiny):
+    run = tmp_path / "run"
+    assert command("train.py", *radit_options(few_phantoms, 16), "--out", run)[0] == 0
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    flops = 3 * radit.count_flops(hub.load_model(radit.RadiT, radit.RadiTConfig, run / "weights/radit").config)
+    assert line["teraflops_per_second"] == pytest.approx(line["images_per_second"] * flops / 1e12)
+    assert line["rate"] == pytest.approx(1e-3 * 256 / 64 * 16 / 20_000) and 0.1 < line["peak_memory_gb"] < 100
+
+
+def test_a_long_interval_is_not_silent(tmp_path, monkeypatch, capsys):
+    """With one line of the log in all, something is printed after the first step and then once a minute."""
+    clock = iter(range(0, 10 ** 6, 25))                              # seconds: 25 from one look at the clock to the next
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+    cfg = train.TrainConfig(images=40, batch=4, lr=0.01, log_every=1000, save_every=1000)
+    train.train(Fragile(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert "first step done" in lines[1] and sum("s a step" in line and "left" in line for line in lines) >= 2
+
+
+def test_a_damaged_log_is_one_line(tmp_path):
+    (tmp_path / "run").mkdir()
+    for text in ("{", "7", "[]", "\0"):
+        (tmp_path / "run/log.jsonl").write_text(text)
+        with pytest.raises(InputError, match="log.jsonl: damaged"):
+            log.read_log(tmp_path / "run/log.jsonl", 0)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["vae", "--widths", "8,12", "--groups", "8"], "widths (8, 12) are not all multiples of the 8 groups"),
     (["vae", "--widths", "8,8,8,8,8,8", "--groups", "8"], "multiple of 64 pixels, not 32"),
-    (["vae", "--batch", "0"], "0 is not a whole number above 0"),
+    (["vae", "--batch", "0"], "'0' is not a whole number from 1 to"),
     (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),
     (["radit", "--latents", "nowhere"], "--latents needs --vae"),
     (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no latents.json"),
@@ -108,12 +292,12 @@ class Fragile:
     def __init__(self, good):
         self.left = good
 
-    def loss(self, model, batch, draw):
+    def loss(self, model, batch, rng):
         self.left -= 1
         loss = model.weight.square().sum()
         return (loss if self.left >= 0 else loss * float("nan")), {}
 
-    def preview(self, ema, path):
+    def measure(self, ema, micro):
         return {}
 
 
@@ -127,7 +311,7 @@ class Tiny(torch.nn.Linear):
 def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
     """NaN in the sixth step, checkpoints every second: what is on disk is the state after four good steps."""
     cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
-    with pytest.raises(SystemExit, match="the last good state is .*run/checkpoints/16"):
+    with pytest.raises(RunError, match="the last good state is .*run/checkpoints/16"):
         train.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
@@ -136,9 +320,9 @@ def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    tensors = checkpoint.tensors_of(model, model, optimizer)
+    tensors = checkpoint.tensors_of(model, [model], optimizer)
     saved = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
-    assert checkpoint.load(tmp_path / "run/checkpoints/16", saved, {}) == 16
+    checkpoint.read(tmp_path / "run/checkpoints/16", saved)
     assert torch.allclose(saved["model.weight"], model.weight, atol=1e-6)
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert [line["images"] for line in log_of(tmp_path / "run")] == [8, 16]
@@ -149,7 +333,7 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
     moved = []
 
     class Watch(Fragile):
-        def loss(self, model, batch, draw):
+        def loss(self, model, batch, rng):
             moved.append(model.weight[0, 0].item())
             return model.weight.sum(), {}
 
@@ -159,10 +343,10 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
 
 
-def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path):
-    encoder = ["--encoder", str(ROOT / "weights/demo/classifier")]
+def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path, command):
+    encoder = ["--encoder", ROOT / "weights/demo/classifier"]
     for name, more in (("without", []), ("measured", [*encoder, "--perceptual-weight", "0"]), ("taught", encoder)):
-        subprocess.run(vae_command(phantoms, tmp_path / name, 16, *more), check=True, capture_output=True)
+        assert command("train.py", *vae_options(phantoms, 16, *more), "--out", tmp_path / name)[0] == 0
     without, measured, taught = (log_of(tmp_path / name) for name in ("without", "measured", "taught"))
     assert [line["loss"] for line in measured] == [line["loss"] for line in without] and "held_out_fdd" not in without[-1]
     assert taught[0]["loss"] == pytest.approx(
@@ -181,13 +365,15 @@ def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path):
     assert taught[-1]["held_out_fdd"] == pytest.approx(((a.mean(0) - b.mean(0)).square().sum() + spread / (len(x) - 1)).item(), rel=0.05)
 
 
-def test_a_lora_is_trained_on_a_base(phantoms, tmp_path):
+@pytest.mark.slow
+def test_a_lora_is_trained_on_a_base(phantoms, tmp_path, command):
     """The base stays as it is, byte for byte; its latents stay valid; the adapted decoder reconstructs better."""
     base, run = tmp_path / "base/weights/vae", tmp_path / "run"
-    subprocess.run(vae_command(phantoms, tmp_path / "base", 400), check=True, capture_output=True)
-    lora_command = [sys.executable, str(ROOT / "train.py"), "vae", "--data", str(phantoms), "--base", str(base), "--lora-rank", "4", "--batch",
-                    "8", "--log-every", "8", "--save-every", "8", "--images", "640", "--warmup", "64", "--out", str(run)]
-    output = subprocess.run(lora_command, check=True, capture_output=True, text=True).stdout
+    assert command("train.py", *vae_options(phantoms, 400), "--out", tmp_path / "base")[0] == 0
+    options = ["vae", "--data", phantoms, "--base", base, "--lora-rank", "4", "--batch", "8", "--log-every", "8",
+               "--save-every", "80", "--images", "640", "--warmup", "64", "--out", run]
+    status, output, _ = command("train.py", *options)
+    assert status == 0
     adapted = run / "weights/vae"
     assert (adapted / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     tensors = load_file(adapted / "lora.safetensors")
@@ -199,23 +385,23 @@ def test_a_lora_is_trained_on_a_base(phantoms, tmp_path):
     x = torch.stack(list(data.Radiographs([phantoms], "valid")))
     better = [vae.psnr(x, model.decode(model.encode(x)[0])).mean() for model in (before, after)]
     assert better[1] > better[0] + 0.2
-    done = subprocess.run([*lora_command, "--lora-rank", "8"], capture_output=True, text=True)
-    assert done.returncode == 2 and "this run was started with lora_rank = 4, not 8" in done.stderr
+    status, _, errors = command("train.py", *options, "--lora-rank", "8")
+    assert status == 2 and "this run was started with lora_rank = 4, not 8" in errors
 
 
 def test_loss_by_t_adds_up(phantoms):
-    images = data.Radiographs([phantoms], "train")
-    examples = train.Examples(images, None, (*fields.DATASETS, "phantom"))
+    records = data.Radiographs([phantoms], "train").records
+    examples = Examples(records, (*fields.DATASETS, "phantom"))
     config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
                                datasets=(*fields.DATASETS, "phantom"))
     batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
-    draw = train.Draw(torch.Generator().manual_seed(0), 64)
+    draw = RandomNumbers(torch.Generator().manual_seed(0), 64)
     loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, draw)
     sums, counts = terms["loss_by_t"]
     assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)
     with pytest.raises(InputError, match="no latent for"):
-        latents = type("Empty", (), {"rows": {}, "folder": "cache"})()
-        train.Examples(images, latents, config.datasets)
+        latents = types.SimpleNamespace(rows={}, folder="cache", shards=None)
+        Examples(records, config.datasets, latents, ["phantom/images/0.png"] * len(records))
 
 
 def test_coverage_by_hand():

@@ -1,8 +1,6 @@
 import json
-import os
-import subprocess
-import sys
 
+import job
 import numpy as np
 import pytest
 import safetensors.torch
@@ -311,11 +309,7 @@ def test_two_processes_share_the_shards(tmp_path, prepared, monkeypatch):
     hub.save_model(randomised(SMALL), tmp_path / "vae")
     monkeypatch.setattr(latents, "SHARD", 2)
     latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "one")
-    code = (f"import latents, vae, pathlib; latents.SHARD = 2; "
-            f"latents.encode([{str(prepared)!r}], load_vae({str(tmp_path / 'vae')!r}), pathlib.Path({str(tmp_path / 'two')!r}))")
-    second, first = (subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": rank, "WORLD_SIZE": "2"})
-                     for rank in "10")
-    assert first.wait() == second.wait() == 0
+    assert job.run(2, "encode", [prepared], tmp_path / "two", vae_folder=tmp_path / "vae") == [0, 0]
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 4
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
@@ -356,15 +350,15 @@ def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepare
         latents.Latents(tmp_path / "latents")
 
 
-def test_the_stamp_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
+def test_the_checksum_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
     pixels = np.zeros((64, 64), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png", compress_level=0)
     pixels[3, 5] = 1
     Image.fromarray(pixels).save(tmp_path / "b.png", compress_level=0)
     sizes = [(tmp_path / name).stat().st_size for name in ("a.png", "b.png")]
-    assert sizes[0] == sizes[1] and latents.stamp(tmp_path / "a.png") != latents.stamp(tmp_path / "b.png")
+    assert sizes[0] == sizes[1] and latents.file_checksum(tmp_path / "a.png") != latents.file_checksum(tmp_path / "b.png")
     (tmp_path / "empty.png").touch()
-    assert latents.stamp(tmp_path / "empty.png") == b"0 "
+    assert latents.file_checksum(tmp_path / "empty.png") == b"0 "
 
 
 def test_versions_of_training_images_are_jittered(tmp_path, prepared):

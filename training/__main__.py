@@ -1,31 +1,50 @@
-"""What a training would cost, and its EMA as weights.
+"""What a training would cost, and what a training has learnt, as weights for others.
 
     python -m training plan --size XL --tokens 1.6e12 --gpus 64
-    python -m training export RUN OUT
+    python -m training export runs/radit weights/mine
 """
 import argparse
+import shutil
 from pathlib import Path
 
-from autoencoder.load import copy_vae
 from common import cli
 from training import checkpoint, plan
+
+EXAMPLES = {"plan": """
+examples:
+  python -m training plan --size S --tokens 1e10 --gpus 1 --batch 256
+  python -m training plan --size XL --tokens 1.6e12 --gpus 64
+""", "export": """
+examples:
+  python -m training export runs/radit weights/mine
+  python -m training export runs/radit weights/mine --ema 100000
+"""}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the examples."""
 
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    plan.add_arguments(commands.add_parser("plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                           help="what a training of RadiT would cost; nothing is built"))
-    p = commands.add_parser("export", help="write the EMA of a run as weights that sample.py reads")
+    p = commands.add_parser("plan", formatter_class=Help, epilog=EXAMPLES["plan"],
+                            help="what a training of RadiT would cost; nothing is built")
+    plan.add_arguments(p)
+    p = commands.add_parser("export", formatter_class=Help, epilog=EXAMPLES["export"],
+                            help="write averaged weights of a run as sample.py reads them")
     p.add_argument("run", type=Path, help="the folder of a run of yours: its checkpoints are unpickled")
-    p.add_argument("out", type=Path)
+    p.add_argument("out", type=cli.new_path, help="a folder")
+    p.add_argument("--ema", type=cli.integer(1, 10 ** 12),
+                   help="the average of that half-life, in images; if not given, the one whose held-out loss is least")
     args = parser.parse_args()
     if args.command == "plan":
         return plan.show(args)
-    about = checkpoint.export(args.run, args.out)
+    about = checkpoint.export(args.run, args.out, args.ema)
     if about["config"].get("vae"):
-        copy_vae(args.run / "weights" / "vae", args.out / "vae")
-    print(f"{args.out}: the EMA of {args.run} after {about['images']:,} images")
+        shutil.copytree(args.run / "weights" / "vae", args.out / "vae", dirs_exist_ok=True)
+    print(f"{args.out}: {args.run} after {about['images']:,} images, averaged with a half-life of "
+          f"{about['half_life']:,} images")
 
 
 if __name__ == "__main__":

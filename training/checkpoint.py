@@ -1,40 +1,51 @@
 """Checkpoints of a training: written beside it, whole or not at all, read by any number of processes.
 
-    RUN/checkpoints/8192/  __0_0.distcp ...     each process's part of weights, EMA and moments, float32
+    RUN/checkpoints/8192/  __0_0.distcp ...     each process's share of weights, averages and moments, float32
                            .metadata            which part of which tensor lies where
-                           checkpoint.json      images seen, configuration; written last
+                           checkpoint.json      images seen, configuration, SHA-256 of the other files; written last
                     9216.tmp/                   being written, or left by a run that was killed; never read
 
-torch.distributed.checkpoint copies the tensors and writes them in a thread while training goes on. When every process has
-written its part the folder is renamed, which is the moment at which the checkpoint exists; the oldest are renamed away
-before they are deleted. RUN must lie where all processes see it.
+torch.distributed.checkpoint copies the tensors and writes them in a thread while training goes on. When every process
+has written its share the folder is renamed, which is the moment at which the checkpoint exists; the oldest are renamed
+away before they are deleted. RUN must lie where all processes see it. A run continues from the newest checkpoint whose
+files are as they were written, and only what is finite is ever written.
 
 .metadata is a pickle, and a pickle can run code: read checkpoints of your own runs only. For others there is
-`python -m training export RUN OUT`, which writes the EMA as config.json + model.safetensors.
+`python -m training export RUN OUT`, which writes an average of the weights as config.json + model.safetensors.
 """
-import json
+import hashlib
 import os
 import shutil
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from common import cli, hub
-from common.cli import InputError
+from common.cli import InputError, RunError
 from training import parallel
+from training.log import read_log
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
 
 
-def tensors_of(model, ema, optimizer):
+def tensors_of(model, emas, optimizer):
     """name -> tensor of all that a run must remember. The names know nothing of the layout."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
+    for number, ema in enumerate(emas):
+        tensors |= {f"{ema_prefix(number)}{name}": tensor for name, tensor in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors
+
+
+def ema_prefix(number):
+    """Of the tensors of the average with that number; the first has none, as when there was only one."""
+    return f"ema{number}." if number else "ema."
 
 
 def start_moments(optimizer):
@@ -45,89 +56,210 @@ def start_moments(optimizer):
                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
+def all_finite(tensors):
+    """Whether no process holds a NaN or an infinity."""
+    finite = [parallel.local(tensor).isfinite().all() for tensor in tensors.values()]
+    return not parallel.anyone(not torch.stack(finite).all())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
 def complete(run):
     """The folders of complete checkpoints, oldest first."""
-    folders = [path for path in (Path(run) / "checkpoints").glob("*") if path.name.isdigit() and (path / "checkpoint.json").exists()]
-    return sorted(folders, key=lambda path: int(path.name))
+    numbered = [path for path in (Path(run) / "checkpoints").glob("*") if path.name.isdecimal()]
+    return sorted((path for path in numbered if (path / "checkpoint.json").exists()), key=lambda path: int(path.name))
 
 
 def latest(run):
-    """The newest complete checkpoint, or None."""
+    """The newest complete checkpoint, or None; its files are not read."""
     return (complete(run) or [None])[-1]
 
 
-def load(folder, tensors, about):
-    """Fills the tensors; returns the images seen. Refuses a run of another configuration."""
-    before = json.loads((folder / "checkpoint.json").read_text())
+def checksums(folder):
+    """File name -> SHA-256 of every file of a checkpoint but checkpoint.json."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "checkpoint.json":
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def verified(folder):
+    """What checkpoint.json says; InputError if a file is missing or not as it was written."""
+    about = cli.read_json(folder / "checkpoint.json")
+    for key, kind in (("images", int), ("name", str), ("config", dict), ("about", dict), ("files", dict)):
+        if not isinstance(about.get(key), kind):
+            raise InputError(f"{folder / 'checkpoint.json'}: no {key}, or not a {kind.__name__}")
+    found = checksums(folder)
+    for name, checksum in about["files"].items():
+        if found.get(name) != checksum:
+            raise InputError(f"{folder / name}: missing, or not as it was written")
+    return about
+
+
+def newest(run):
+    """(folder, what its checkpoint.json says) of the newest checkpoint that is as it was written, with a warning for
+    each newer one that is not; (None, None) if the run has none at all."""
+    folders = complete(run)
+    for folder in reversed(folders):
+        try:
+            return folder, verified(folder)
+        except InputError as error:
+            print(f"warning: {error}; the checkpoint is left out", file=sys.stderr)
+    if folders:
+        raise InputError(f"{Path(run) / 'checkpoints'}: no checkpoint is as it was written; to begin anew, delete the folder")
+    return None, None
+
+
+def resume(run, tensors, about, may_change=()):
+    """Fills the tensors from the newest checkpoint; returns the images seen, 0 if there is none. `about` must be as it
+    was when the run was started, but for the keys in `may_change`."""
+    folder, before = parallel.on_first(lambda: newest(run))
+    if not folder:
+        return 0
     for key in about:
-        if before["about"].get(key) != about[key]:
-            old, new = (str(value)[:40] for value in (before["about"].get(key), about[key]))
-            raise InputError(f"{folder.parent.parent}: this run was started with {key} = {old}, not {new}; "
-                             f"use another --out or the same options")
+        if key not in may_change and before["about"].get(key) != about[key]:
+            advice = ", or --changed-labels if labels were corrected" if key in ("covered", "examples") else ""
+            raise InputError(f"{run}: this run was started with {difference(key, before['about'].get(key), about[key])}; "
+                             f"use another --out or the same options{advice}")
     read(folder, tensors)
     return before["images"]
 
 
+def difference(name, old, new):
+    """"NAME = OLD, not NEW" of the first place in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *new]:
+            if old.get(key) != new.get(key):
+                return difference(f"{name}[{key}]", old.get(key), new.get(key))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, (a, b) in enumerate(zip(old, new)):
+            if a != b:
+                return difference(f"{name}[{place}]", a, b)
+    return f"{name} = {str(old)[:60]}, not {str(new)[:60]}"
+
+
 def read(folder, tensors, alone=False):
+    """Fills the tensors from a checkpoint; `alone`: in this process only."""
     try:
         dcp.load(tensors, checkpoint_id=folder, no_dist=alone or not parallel.training)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{folder}: unreadable checkpoint ({reason[:200]}); delete it to continue from the one before") from None
+        raise InputError(f"{folder}: unreadable, or of a run with other options, such as more --ema: "
+                         f"{reason[:200]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+def own_share(tensors):
+    """What this process copies and writes: its part of tensors that are split, and of those that every process holds
+    whole a share of about the same size as the others'."""
+    share, loads = {}, [0] * parallel.world
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes, reverse=True):
+        if isinstance(tensor, DTensor):
+            share[name] = tensor
+            continue
+        least = loads.index(min(loads))
+        loads[least] += tensor.nbytes
+        if least == parallel.rank:
+            share[name] = tensor
+    return share
 
 
 class Writer:
     """Writes checkpoints of one run in the background, one at a time, and keeps the last `keep`."""
 
     def __init__(self, run, keep):
-        self.folder, self.keep, self.future = Path(run) / "checkpoints", keep, None
+        self.folder, self.keep, self.future, self.thread = Path(run) / "checkpoints", keep, None, ThreadPoolExecutor(1)
         if parallel.rank == 0:
             for left in self.folder.glob("*.tmp"):
                 shutil.rmtree(left)
 
     def save(self, tensors, about):
-        """Starts to write; returns as soon as the tensors are copied. `about` is the JSON beside them, with "images"."""
+        """Starts to write; returns as soon as the tensors are copied. `about` is the JSON beside them, with
+        "images"."""
         self.wait()
-        self.about, self.temporary = about, self.folder / f"{about['images']}.tmp"
-        self.future = dcp.async_save(tensors, checkpoint_id=self.temporary, no_dist=not parallel.training)
+        temporary = self.folder / f"{about['images']}.tmp"
+        written = dcp.async_save(own_share(tensors), checkpoint_id=temporary, no_dist=not parallel.training)
+        self.future = self.thread.submit(self.complete, written, temporary, about)
+
+    def complete(self, written, temporary, about):
+        """In the thread: waits until all processes have written their shares; then the first makes the checkpoint
+        exist."""
+        try:
+            written.result()
+        except (Exception, dcp.api.CheckpointException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RunError(f"{temporary}: the checkpoint could not be written: {reason[:200]}") from None
+        if parallel.rank > 0:
+            return
+        cli.write_json(temporary / "checkpoint.json", about | {"files": checksums(temporary)})
+        os.replace(temporary, temporary.with_suffix(""))
+        for old in complete(self.folder.parent)[:-self.keep]:
+            os.replace(old, old.with_suffix(".tmp"))
+            shutil.rmtree(old.with_suffix(".tmp"))
 
     def poll(self):
-        """Completes what has been written meanwhile; to be called often, waits for nothing."""
+        """Raises what went wrong in the thread, such as a full disk; waits for nothing."""
         if self.future and self.future.done():
             self.wait()
 
     def wait(self):
-        """Completes what is being written: at the end of a run, or before the next checkpoint."""
-        if not self.future:
-            return
-        self.future.result()
-        self.future = None
-        if parallel.rank == 0:
-            cli.write_json(self.temporary / "checkpoint.json", self.about)
-            os.replace(self.temporary, self.temporary.with_suffix(""))
-            for old in complete(self.folder.parent)[:-self.keep]:
-                os.replace(old, old.with_suffix(".tmp"))
-                shutil.rmtree(old.with_suffix(".tmp"))
+        """Until what is being written is there: at the end of a run, or before the next checkpoint."""
+        if self.future:
+            self.future.result()
+            self.future = None
 
 
-def export(run, out):
-    """Writes the EMA of a run's newest checkpoint as a set of weights: OUT/radit or
-    OUT/vae. Nothing else is read, and one tensor at a time is held in float32. Returns what checkpoint.json says of it."""
-    folder = latest(run)
+def refuse_unless(finite, entry, writer, out):
+    """Ends a run whose loss, gradient or weights are not finite, before anything of that is saved."""
+    if not finite:
+        writer.wait()
+        last = latest(out)
+        kept = f"the last good state is {last}" if last else "there was no checkpoint yet"
+        raise RunError(f"after {entry['images']:,} images the loss ({entry['loss']}), the gradient ({entry['grad_norm']}) "
+                       f"or the weights are not finite: stopped; {kept}. A lower --lr, a longer --warmup or a smaller --clip "
+                       "may help")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights for others
+
+def best_average(run, about):
+    """The number of the average whose held-out loss was least when the run last measured it; 0 if there is only one."""
+    lines = read_log(Path(run) / "log.jsonl", about["images"])
+    losses = [line["held_out_loss_by_ema"] for line in lines if "held_out_loss_by_ema" in line]
+    if not losses or len(about.get("ema", [])) < 2:
+        return 0
+    best = min(losses[-1], key=losses[-1].get)
+    return about["ema"].index(int(best)) if int(best) in about["ema"] else 0
+
+
+def export(run, out, half_life=None):
+    """Writes an average of the weights from a run's newest checkpoint as a set of weights, OUT/radit or OUT/vae: the
+    one of that half-life, or the best one. One tensor at a time is held in float32. Returns what checkpoint.json says
+    of it, with the "half_life" chosen."""
+    folder, about = newest(run)
     if not folder:
         raise InputError(f"{run}: no complete checkpoint in {Path(run) / 'checkpoints'}")
-    about = json.loads((folder / "checkpoint.json").read_text())
+    half_lives = about.get("ema", [])
+    if half_life and half_life not in half_lives:
+        raise InputError(f"--ema {half_life}: this run keeps the half-lives {', '.join(map(str, half_lives))}")
+    number = half_lives.index(half_life) if half_life else best_average(run, about)
     known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     if any(".parametrizations." in name for name in known):
         raise InputError(f"{run}: this run trains adapters; {Path(run) / 'weights/vae'} holds them beside their base")
-    tensors = {}
+    tensors, prefix = {}, ema_prefix(number)
     for name, stored in known.items():
-        if name.startswith("ema."):
+        if name.startswith(prefix):
             one = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
             read(folder, one, alone=True)
-            tensors[name.removeprefix("ema.")] = one[name].bfloat16() if one[name].is_floating_point() else one[name]
+            tensors[name.removeprefix(prefix)] = one[name].bfloat16() if one[name].is_floating_point() else one[name]
     place = Path(out) / about["name"]
     place.mkdir(parents=True, exist_ok=True)
     hub.save_tensors(tensors, place / "model.safetensors")
     cli.write_json(place / "config.json", about["config"])
-    return about
+    return about | {"half_life": half_lives[number] if half_lives else None}

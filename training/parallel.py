@@ -1,15 +1,18 @@
 """Several processes, one training: each of torchrun's processes takes its part of every batch, on a GPU of its own.
 
     DDP      every process holds the whole model; gradients are averaged
-    FSDP2    weights, moments and EMA are split among the processes, in float32; a block is put together when it is needed,
+    FSDP2    weights, moments and EMA are split among the processes, in float32; a block is put together when it is
+    needed,
              in bfloat16, and its gradients are reduced in float32
 
-Without torchrun there is one process, no group, and every function here says so or does nothing. Everything goes through
-torch.distributed: NCCL between GPUs, gloo between CPUs and for the few words that are said without waiting for a device.
+Without torchrun there is one process, no group, and every function here says so or does nothing. Everything goes
+through torch.distributed: NCCL between GPUs, gloo between CPUs and for the few words that are said without waiting for
+a device.
 
 Two groups. The default one, patient, is for setting up (one node may need minutes longer to read its index) and for
-checkpoints, which are written beside the training. `training` is impatient: whoever waits in it for TIMEOUT gives up, so
-that a process that hangs ends the job. One that dies ends it at once, by torchrun.
+checkpoints, which are written beside the training. In the other, `training`, a process that waits for others longer
+than TIMEOUT gives up, so that a process that hangs ends the job; around the first step, which compiles, and around
+saves it waits for up to LONG_TIMEOUT. A process that dies ends the job at once, by torchrun.
 Sources: Li et al. 2020 (DDP), Zhao et al. 2023 (FSDP).
 """
 import contextlib
@@ -17,20 +20,25 @@ import copy
 import functools
 import os
 import signal
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
-from common.cli import pick_device
+from common.cli import InputError, pick_device
+from common.cli import locked as locked_folder
 
-TIMEOUT = timedelta(seconds=50)
+TIMEOUT, LONG_TIMEOUT = timedelta(seconds=120), timedelta(seconds=600)
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a node away
 launched = "RANK" in os.environ  # by torchrun, which says who is who
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 training = None  # the group; None without torchrun
@@ -42,7 +50,7 @@ def join():
     if launched and training is None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        training = dist.new_group(timeout=TIMEOUT)
+        training = dist.new_group(timeout=LONG_TIMEOUT)
 
 
 def leave():
@@ -52,12 +60,60 @@ def leave():
         training = None
 
 
+def set_timeout(limit):
+    """How long a process waits for the others from now on. Before, all finish what they are at."""
+    if training:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        anyone(False)
+        _set_pg_timeout(limit, training)
+
+
+@contextlib.contextmanager
+def long_timeout():
+    """For what one process may do alone while the others wait: writing weights and pictures."""
+    set_timeout(LONG_TIMEOUT)
+    yield
+    set_timeout(TIMEOUT)
+
+
 def agreed(value):
     """What the first process says, in all of them."""
     values = [value]
     if training:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_first(make):
+    """make() of the first process, in all of them: files are read and checked once. Its InputError is raised in all."""
+    value, error = None, None
+    if rank == 0:
+        try:
+            value = make()
+        except InputError as raised:
+            error = raised
+    value, error = agreed((value, error))
+    if error:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds `folder` for all processes of this training: a second training in it is refused."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked_folder(folder)))
+        yield
+
+
+def micro_batch(batch, accumulate):
+    """Images that a process computes at a time, of a step's `batch`."""
+    parts = world * accumulate
+    if batch % parts:
+        raise InputError(f"--batch {batch} cannot be shared by {world} processes, --accumulate {accumulate}: "
+                         f"it must be a multiple of {parts}")
+    return batch // parts
 
 
 def anyone(asked):
@@ -85,23 +141,31 @@ def gathered(x):                                                     # n ...
     return torch.cat(parts)
 
 
+def to_device(batch, device):
+    """A batch, a tensor or a list of them, on the device."""
+    if isinstance(batch, list):
+        return [tensor.to(device, non_blocking=True) for tensor in batch]
+    return batch.to(device, non_blocking=True)
+
+
 def replicate(model):
     """The model to call in training: its gradients are averaged over the processes."""
     if not training:
         return model
-    torch._dynamo.config.optimize_ddp = False  # it would cut compiled blocks apart, which overlap with the averaging as they are
-    return DistributedDataParallel(model, process_group=training, gradient_as_bucket_view=True)
+    torch._dynamo.config.optimize_ddp = False  # it would cut apart compiled blocks, which overlap with the averaging anyway
+    # Buffers are the same everywhere: running statistics are computed from the whole batch in every process.
+    return DistributedDataParallel(model, process_group=training, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def last_only(model, last):
-    """A context in which DDP keeps its gradients to itself, unless these are the last of a step. FSDP always reduces: whole
-    gradients are what it has no room for."""
+    """A context in which DDP keeps its gradients to itself, unless these are the last of a step. FSDP always reduces:
+    whole gradients are what it has no room for."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def shard(model, blocks, bf16):
-    """Splits the model's tensors, in place. Blocks compute in bfloat16 if `bf16`; the rest, small, keeps float32 weights as
-    it does under autocast, so that time and age reach their embeddings in full."""
+    """Splits the model's tensors, in place. Blocks compute in bfloat16 if `bf16`; the rest, small, keeps float32
+    weights as it does under autocast, so that time and age reach their embeddings in full."""
     mesh = DeviceMesh.from_group(training, pick_device()[0].type)
     low = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -132,20 +196,30 @@ def put_together(model, plain):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that SIGTERM and SIGUSR1 append to."""
+    """A list to which SIGTERM and SIGUSR1 are appended. When the block ends by SystemExit, as it does on their behalf,
+    they are ignored until the process has ended: schedulers repeat them, and a process killed by one would not say why
+    it left."""
     asked = []
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in SIGNALS}
     try:
         yield asked
+    except SystemExit:
+        ignore(SIGNALS)
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def ignore(signals):
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def ignore_signals(worker):
-    """A data loader's worker leaves with its parent, not before: schedulers send their signals to every process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """A data loader's worker leaves with its parent, not before: schedulers and Ctrl-C reach every process."""
+    ignore((*SIGNALS, signal.SIGINT))
 
 
 def clip(parameters, largest):
@@ -155,20 +229,30 @@ def clip(parameters, largest):
     return norm
 
 
-def set_up(model, bf16, compiled, checkpointed, sharded):
-    """The model to call, the EMA, and an empty copy of it to be filled when weights are saved. The blocks named change in
-    place, in their `forward` only, so that no name changes and FSDP's hooks stay outside of what is compiled."""
+def set_up(model, averages, bf16, compiled, recomputed, sharded):
+    """The model to call, `averages` copies of it that will be averages of its weights, and an empty copy to be filled
+    when weights are saved. The blocks named change in place, in their `forward` only, so that no name changes and
+    FSDP's hooks stay outside of what is compiled."""
     blocks = set(sharded)
     places = [name for name, module in model.named_modules() if module in blocks]
     plain = copy.deepcopy(model).to("meta") if sharded else None
     model.to(pick_device()[0])
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in range(averages)]
     for block in compiled:
         block.forward = torch.compile(block.forward, fullgraph=True)
-    for block in checkpointed:  # nothing in a block is random, so no state of a generator has to be kept
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for block in recomputed:  # nothing in a block is random, so no state of a generator has to be kept
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not sharded:
-        return replicate(model), ema, ema
+        return replicate(model), emas, None
     shard(model, sharded, bf16)
-    shard(ema, [ema.get_submodule(place) for place in places], bf16=False)
-    return model, ema, plain
+    for ema in emas:
+        shard(ema, [ema.get_submodule(place) for place in places], bf16=False)
+    return model, emas, plain
+
+
+def whole(model, plain):
+    """The model with whole tensors: itself, or `plain` filled from its parts, on the first process."""
+    if plain is None:
+        return model
+    put_together(model, plain)
+    return plain

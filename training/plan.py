@@ -5,39 +5,46 @@
 Everything is computed from the structure of radit.py; no weight is built and nothing is measured. P parameters, G GPUs,
 N images a GPU at a time, T tokens an image, D width, H SwiGLU's inner width, h heads.
 
-    FLOPs   3 x forward's (backward computes two products for each of forward's), 4 x with activation checkpointing
-    state   bytes a parameter: weights 4, gradients 4, AdamW's two moments 8, EMA 4, all float32; FSDP divides them by G
+    FLOPs   3 x forward's (backward computes two products for each of forward's), 4 x where activations are recomputed
+    state   bytes a parameter: weights 4, gradients 4, AdamW's two moments 8, 4 for each of two EMAs, all float32; FSDP
+    divides
+            them by G
     copies  of the weights in bfloat16: DDP under autocast holds all (2 P); FSDP the block at work and the next
-    kept    activations that backward needs, counted in `kept_by_block`
+    kept    activations that backward needs, counted in `kept_by_block`; or, if that is more, what a preview needs at a
+    save
 
-The device's own context, workspaces, fragmentation and what lives only inside one operation come on top: a plan that fills
-more than nine tenths of the memory is said not to fit.
+The device's own context, workspaces, fragmentation and what lives only inside one operation come on top: a plan that
+fills more than nine tenths of the memory is said not to fit.
 """
-import argparse
 import math
 from dataclasses import dataclass
 
+import torch
+
 import radit
+import vae
 from common import cli
 
 LATENT_CHANNELS, LATENT_CELL = 128, 16  # FLUX.2's: 128 channels, one cell for 16x16 pixels
-KEPT = ("compiled", "eager", "checkpointing")
+KEPT = ("compiled", "eager", "recomputed")
+AVERAGES = 2  # EMAs that train.py radit keeps if not told otherwise
 
 
 def kept_by_block(cfg, kept, bf16=True):
     """Bytes that one block keeps for its backward pass, an image. `kept` is one of KEPT."""
     d, h, size = cfg.width, cfg.hidden, 2 if bf16 else 4             # bytes a number
-    if kept == "checkpointing":                                      # the block's input alone; the rest is computed again
+    if kept == "recomputed":                                      # the block's input alone; the rest is computed again
         return size * cfg.tokens * d
     if kept == "compiled":
-        # What cannot be computed again cheaply. D wide, 12: the block's input, the inputs of qkv and up, the sum between, out's
-        # and down's results, q, k and the output of attention, and qkv's result (3). H wide, 3: up's result (2) and down's input.
+        # What cannot be computed again cheaply. D wide, 12: the block's input, the inputs of qkv and up, the sum
+        # between, out's and down's results, q, k and the output of attention, and qkv's result (3). H wide, 3: up's
+        # result (2) and down's input.
         wide, hidden, floats = 12, 3, 0
     else:
-        # Every operation keeps its operands. D wide, 17: inputs and results of two norms, and these modulated (6); qkv's result
-        # (3); q and k, normed and turned (4); attention's output, twice in another order (2); out's and down's results (2).
-        # H wide, 4: up's result (2), silu(gate), down's input. Under autocast norms work in float32: the inputs of two, and
-        # q and k before and after theirs.
+        # Every operation keeps its operands. D wide, 17: inputs and results of two norms, and these modulated (6);
+        # qkv's result (3); q and k, normed and turned (4); attention's output, twice in another order (2); out's and
+        # down's results (2). H wide, 4: up's result (2), silu(gate), down's input. Under autocast norms work in
+        # float32: the inputs of two, and q and k before and after theirs.
         wide, hidden, floats = (13, 4, 6) if bf16 else (17, 4, 0)
     elements = size * (wide * d + hidden * h) + 4 * floats * d
     statistics = 4 * (3 * cfg.heads + 2)                             # float32: rms of q, k and two norms; attention's log-sum
@@ -45,20 +52,40 @@ def kept_by_block(cfg, kept, bf16=True):
 
 
 def kept_outside(cfg, bf16=True):
-    """Bytes kept by the first and last layer, an image: the patches, and norm, modulation and product of the output. The
-    vectors of time and metadata, one an image, are left out."""
+    """Bytes kept by the first and last layer, an image: the patches, and norm, modulation and product of the output.
+    The vectors of time and metadata, one an image, are left out."""
     cells = cfg.channels * cfg.patch ** 2
     wide = 8 if bf16 else 12                                         # bytes: three D-wide tensors, norm's input in float32
     return cfg.tokens * (wide * cfg.width + (2 if bf16 else 4) * cells)
 
 
 def activations(cfg, images, kept, bf16=True):
-    """Bytes kept at the end of the forward pass; with checkpointing, while one block is computed again."""
-    again = kept_by_block(cfg, "compiled", bf16) if kept == "checkpointing" else 0
+    """Bytes kept at the end of the forward pass; where they are recomputed, while one block is computed again."""
+    again = kept_by_block(cfg, "compiled", bf16) if kept == "recomputed" else 0
     return images * (cfg.depth * kept_by_block(cfg, kept, bf16) + again + kept_outside(cfg, bf16))
 
 
-def state(cfg, gpus, fsdp):
+def preview(cfg, images, bf16=True):
+    """Bytes of what train.py does at a save, beside the VAE: the forward pass of a held-out micro-batch, which keeps one
+    block's tensors at a time."""
+    return images * (kept_by_block(cfg, "eager", bf16) + kept_outside(cfg, bf16))
+
+
+def decoder_bytes(cfg, vae_config):
+    """Bytes of the VAE at work in a preview: its weights, and about four float32 tensors of its second width at full
+    resolution for each slice of images."""
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in vae.RadVAE(vae_config).parameters())
+    pixels = max(vae.SLICE, cfg.grid[0] * cfg.grid[1] * 4 ** len(vae_config.widths))
+    return weights + 4 * 4 * vae_config.widths[min(1, len(vae_config.widths) - 1)] * pixels
+
+
+def checkpoint_bytes(cfg, averages=AVERAGES):
+    """On disk: weights, averages and AdamW's two moments in float32."""
+    return 4 * (3 + averages) * radit.count_parameters(cfg)
+
+
+def state(cfg, gpus, fsdp, averages=AVERAGES):
     """What each GPU holds beside activations: name -> bytes."""
     count = radit.count_parameters(cfg)
     block = (count - radit.count_parameters(radit.RadiTConfig(**{**vars(cfg), "depth": 0}))) // cfg.depth
@@ -68,7 +95,8 @@ def state(cfg, gpus, fsdp):
     copies = 2 * 2 * block + 4 * outside if fsdp else 2 * count
     reduced = (2 + 4) * block + 4 * outside if fsdp else 0
     return {"weights, float32": 4 * count / parts, "copies to compute with": copies,
-            "gradients, float32": 4 * count / parts + reduced, "AdamW's moments, float32": 8 * count / parts, "EMA, float32": 4 * count / parts}
+            "gradients, float32": 4 * count / parts + reduced, "AdamW's moments, float32": 8 * count / parts,
+            f"{averages} EMAs, float32": 4 * averages * count / parts}
 
 
 def latent_bytes(cfg):
@@ -85,6 +113,7 @@ class Plan:
     accumulate: int        # parts into which each GPU splits its share of a batch
     peak: float            # FLOP/s of one GPU
     utilisation: float     # share of it that the model's own FLOPs reach
+    decoder: int           # bytes of the VAE at work in a preview; 0 for pixels
 
     @property
     def images(self):
@@ -103,42 +132,28 @@ class Plan:
         return 3 * radit.count_flops(self.cfg) * self.steps * self.batch
 
     def gpu_hours(self, kept):
-        return self.flops * (4 / 3 if kept == "checkpointing" else 1) / (self.peak * self.utilisation) / 3600
+        return self.flops * (4 / 3 if kept == "recomputed" else 1) / (self.peak * self.utilisation) / 3600
 
     def memory(self, fsdp, kept, accumulate=None):
         micro = self.batch / (self.gpus * (accumulate or self.accumulate))
-        return sum(state(self.cfg, self.gpus, fsdp).values()) + activations(self.cfg, micro, kept)
-
-
-def positive_number(text):
-    """An argparse type."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def share(text):
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1, such as 0.4")
-    return number
+        active = max(activations(self.cfg, micro, kept), preview(self.cfg, micro) + self.decoder)
+        return sum(state(self.cfg, self.gpus, fsdp).values()) + active
 
 
 def add_arguments(p):
-    p.add_argument("--size", choices=radit.SIZES, default="XL")
-    p.add_argument("--tokens", type=positive_number, default=1.6e12, help="to train on; the paper's 1.6e12")
-    p.add_argument("--gpus", type=cli.positive, default=8)
-    p.add_argument("--batch", type=cli.positive, default=1024, help="images a step, of all GPUs together")
-    p.add_argument("--accumulate", type=cli.positive, default=1, help="parts of a GPU's share of a batch, one after another")
-    p.add_argument("--side", type=cli.positive, default=512, help="of the images, in pixels")
+    p.add_argument("--size", choices=radit.SIZES, default="XL", help="see python radit.py")
+    p.add_argument("--tokens", type=cli.number(1, 1e18), default=1.6e12, help="to train on; the paper's 1.6e12")
+    p.add_argument("--gpus", type=cli.integer(1, 10 ** 5), default=8, help="of one kind")
+    p.add_argument("--batch", type=cli.integer(1, 10 ** 6), default=1024, help="images a step, of all GPUs together")
+    p.add_argument("--accumulate", type=cli.integer(1, 10 ** 6), default=1, help="parts of a GPU's share of a batch, one after another")
+    p.add_argument("--side", type=cli.integer(1, 10 ** 5), default=512, help="of the images, in pixels")
     p.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels; otherwise FLUX.2's latents")
-    p.add_argument("--patch", type=cli.positive, default=16, help="pixels a token on each side, with --pixels")
-    p.add_argument("--memory", type=positive_number, default=80.0, help="of a GPU, in GB")
-    p.add_argument("--peak", type=positive_number, default=989.0, help="of a GPU, dense bfloat16, in TFLOP/s; an H100's")
-    p.add_argument("--utilisation", type=share, default=0.4, help="share of the peak that is reached; an assumption")
+    p.add_argument("--patch", type=cli.integer(1, 4096), default=16, help="pixels a token on each side, with --pixels")
+    p.add_argument("--memory", type=cli.number(0.1, 1e5), default=80.0, help="of a GPU, in GB")
+    p.add_argument("--peak", type=cli.number(0.001, 1e6), default=989.0, help="of a GPU, dense bfloat16, in TFLOP/s; an H100's")
+    p.add_argument("--utilisation", type=cli.number(0.001, 1), default=0.4, help="share of the peak that is reached; an assumption")
     p.add_argument("--images", type=cli.positive, default=1_205_494, help="to encode; CXR7-1M's")
-    p.add_argument("--versions", type=cli.positive, default=1, help="latents an image, as in python -m autoencoder encode")
+    p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1, help="latents an image, as in python -m autoencoder encode")
 
 
 def make(args):
@@ -152,18 +167,20 @@ def make(args):
     grid = args.side if args.pixels else args.side // cell
     cfg = radit.RadiTConfig(channels=1 if args.pixels else LATENT_CHANNELS, grid=(grid, grid), patch=cell if args.pixels else 1,
                             width=width, depth=depth, heads=heads)
-    return Plan(cfg, args.tokens, args.gpus, args.batch, args.accumulate, args.peak * 1e12, args.utilisation)
+    return Plan(cfg, args.tokens, args.gpus, args.batch, args.accumulate, args.peak * 1e12, args.utilisation,
+                0 if args.pixels else decoder_bytes(cfg, vae.VAEConfig(channels=3)))
 
 
 def advice(plan, memory):
-    """One line: the first way that fits; accumulating costs no FLOPs, FSDP communication, checkpointing a third more FLOPs."""
+    """One line: the first way that fits; accumulating costs no FLOPs, FSDP communication, recomputing a third more
+    FLOPs."""
     share = plan.batch // plan.gpus
-    for kept in ("compiled", "checkpointing"):
+    for kept in ("compiled", "recomputed"):
         for fsdp in (False, True):
             for parts in range(plan.accumulate, share + 1):
                 if share % parts == 0 and plan.memory(fsdp, kept, parts) <= 0.9 * memory:
-                    flags = ["--fsdp"] * fsdp + [f"--accumulate {parts}"] * (parts > 1)
-                    flags += ["--checkpointing"] * (kept == "checkpointing")
+                    flags = (["--fsdp"] if fsdp else []) + ([f"--accumulate {parts}"] if parts > 1 else [])
+                    flags += ["--recompute"] if kept == "recomputed" else []
                     return f"fits: {'FSDP' if fsdp else 'DDP'}, compiled ({' '.join(flags) or 'no option needed'})"
     return "does not fit, whatever --accumulate: take more GPUs and --fsdp, or a smaller --size"
 
@@ -178,18 +195,19 @@ def show(args):
             ("FLOPs", f"{3 * radit.count_flops(cfg) / 1e12:.3g} TFLOP an image, {plan.flops:.3g} in all"),
             ("batch", f"{plan.batch:,} images: {plan.gpus} GPUs x {plan.micro_batch} at a time x {plan.accumulate}"),
             ("steps", f"{plan.steps:,}")]
-    for kept, name in (("compiled", "time"), ("checkpointing", "  with checkpointing")):
+    for kept, name in (("compiled", "time"), ("recomputed", "  with --recompute")):
         hours = plan.gpu_hours(kept)
         rows.append((name, f"{hours / plan.gpus / 24:,.1f} days, {hours:,.0f} GPU-hours"))
-    rows.append(("checkpoint on disk", f"{16 * radit.count_parameters(cfg) / gigabyte:,.1f} GB (weights, EMA, moments)"))
+    rows.append(("checkpoint on disk", f"{checkpoint_bytes(cfg) / gigabyte:,.1f} GB (weights, {AVERAGES} EMAs, moments)"))
     if not args.pixels:
         rows.append(("latents on disk", f"{latent_bytes(cfg) * args.images * args.versions / gigabyte:,.0f} GB "
-                                        f"({args.images:,} images, {args.versions} version{'s' * (args.versions > 1)})"))
+                                        f"({args.images:,} images x {args.versions})"))
     print("\n".join(f"{name:26}{text}" for name, text in rows))
     print(f"\n{'GB on each GPU':42}{'DDP':>8}{'FSDP':>8}")
     ddp, fsdp = (state(cfg, plan.gpus, split) for split in (False, True))
     lines = [(name, ddp[name], fsdp[name]) for name in ddp]
     lines += [(f"activations, {kept}", *[activations(cfg, plan.micro_batch, kept)] * 2) for kept in KEPT]
+    lines += [("a preview, at a save", *[preview(cfg, plan.micro_batch) + plan.decoder] * 2)]
     lines += [(f"total, {kept}", plan.memory(False, kept), plan.memory(True, kept)) for kept in KEPT]
     print("\n".join(f"{name:42}{a / gigabyte:8.1f}{b / gigabyte:8.1f}" for name, a, b in lines))
     print(f"{advice(plan, args.memory * gigabyte)}; of {args.memory:g} GB a tenth is left for what is not counted here")

@@ -1,0 +1,171 @@
+"""What a training says while it runs: a progress bar on a terminal, lines of text, and in the run's folder
+
+    log.jsonl   one JSON object a line: images seen, learning rate, mean loss and its terms since the line before, norm
+    of
+                the gradient, images_per_second, teraflops_per_second (the model's own operations, by structure),
+                peak_memory_gb, and at every save what held-out images say
+    loss.png    training loss and held-out loss
+
+and, if asked, the same numbers in TensorBoard or Weights & Biases. Only the first process has a log; the others keep
+silent. A training prints after its first step, and then once a minute at least.
+"""
+import importlib
+import importlib.util
+import json
+import resource
+import sys
+import time
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from common import cli
+from training import parallel
+
+LOGGERS = ("tensorboard", "wandb")
+SPEED = ("images_per_second", "teraflops_per_second", "peak_memory_gb")
+MINUTE = 60  # seconds
+
+
+class Log:
+    def __init__(self, out, seen, cfg, flops, logger=None, settings=None):
+        """Continues RUN/log.jsonl from `seen` images on. flops: of one training image; logger: None or one of LOGGERS,
+        which gets `settings` to show beside the curves."""
+        self.path, self.plot, self.cfg, self.flops, self.seen = out / "log.jsonl", out / "loss.png", cfg, flops, seen
+        self.history, self.first, self.bar, self.report = read_log(self.path, seen), True, None, None
+        self.begun = self.said = time.perf_counter()                 # when the interval began, when a line was last printed
+        self.seen_before = seen                                      # images seen when the interval began
+        if parallel.rank == 0:
+            self.report = open_logger(logger, out, settings)
+            self.bar = tqdm(total=cfg.images, initial=seen, unit="image", unit_scale=True, disable=None, leave=False)
+
+    def say(self, text):
+        if parallel.rank == 0:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def step(self, seen, loss):
+        """After every step. The first one waits for the device, to say how long it took."""
+        self.seen = seen
+        if self.bar is not None:
+            self.bar.update(seen - self.bar.n)
+        if self.first:
+            self.first = False
+            value = loss.item()
+            elapsed = time.perf_counter() - self.begun
+            self.say(f"first step done after {elapsed:.1f} s, compilation included: loss {value:.4g}")
+            self.begun, self.seen_before = time.perf_counter(), seen
+        elif time.perf_counter() - self.said > MINUTE:
+            self.said = time.perf_counter()
+            speed = self.images_per_second()
+            self.say(f"images {seen:,} of {self.cfg.images:,} | {self.cfg.batch / speed:.3g} s a step, {self.left(speed)}")
+
+    def images_per_second(self):
+        """Of this interval; None while it is empty."""
+        images = self.seen - self.seen_before
+        return images / (time.perf_counter() - self.begun) if images else None
+
+    def left(self, speed):
+        hours = (self.cfg.images - self.seen) / speed / 3600
+        return f"{hours:.2f} h left" if hours >= 1 else f"{60 * hours:.1f} min left"
+
+    def speed(self, device):
+        """The numbers of speed and memory for a line of log.jsonl."""
+        speed = self.images_per_second()
+        teraflops = speed * self.flops / 1e12 if speed else None
+        return dict(zip(SPEED, (speed, teraflops, peak_memory(device) / 1e9)))
+
+    def speed_in_words(self, entry):
+        speed, teraflops, memory = (entry[key] for key in SPEED)
+        if not speed:
+            return ""
+        return f" | {speed:.3g} images/s, {teraflops:.3g} TFLOP/s, {memory:.2g} GB, {self.left(speed)}"
+
+    def write(self, entry):
+        """A line of log.jsonl and one of text, the plot, the logger. Then a new interval begins."""
+        if parallel.rank == 0:
+            self.history.append(entry)
+            cli.write_text(self.path, "".join(json.dumps(cli.finite(line)) + "\n" for line in self.history))
+            plot_losses(self.history, self.plot)
+            numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
+            if self.report:
+                self.report(numbers, entry["images"])
+            self.say(f"images {entry['images']:,} " + " ".join(f"{key} {value:.4g}" for key, value in numbers.items()
+                                                               if key not in SPEED) + self.speed_in_words(entry))
+        self.begun = self.said = time.perf_counter()
+        self.seen_before = self.seen
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def means(total, steps):
+    """Means over an interval and all processes; a term that is a (2, bins) tensor holds sums and counts, and gives a
+    list of means."""
+    result = {}
+    for key, value in total.items():
+        value = parallel.summed(value)
+        if value.ndim == 2:
+            result[key] = [round(s / n, 4) if n else None for s, n in value.T.tolist()]
+        else:
+            result[key] = value.item() / (steps * parallel.world)
+    return result
+
+
+def read_log(path, seen):
+    """The lines of a log.jsonl up to `seen` images."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["images"] <= seen]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise cli.InputError(f"{path}: damaged ({type(error).__name__}); rename it, and a new one is begun") from None
+
+
+def plot_losses(history, path):
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("held_out_loss", "held out, EMA")):
+        points = [(line["images"], line[key]) for line in history if line.get(key)]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="." if key == "held_out_loss" else None)
+    axes.set(xlabel="images seen", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    figure.tight_layout()
+    with cli.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of this process on a CPU, whose system counts in KiB (macOS: in bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_logger(name):
+    """Refuses a logger whose package is not installed."""
+    if name and not importlib.util.find_spec(name):
+        raise cli.InputError(f"--logger {name} needs the package {name}: pip install {name}")
+
+
+def open_logger(name, out, settings):
+    """A function (numbers, images seen) that shows the numbers in TensorBoard or Weights & Biases; None for no name.
+    Both are optional and imported only here."""
+    if name == "tensorboard":
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+        board.add_text("settings", json.dumps(settings))
+
+        def report(numbers, images):
+            for key, value in numbers.items():
+                board.add_scalar(key, value, images)
+            board.flush()
+
+        return report
+    if name == "wandb":
+        run = importlib.import_module("wandb").init(project="radit", name=out.name, dir=out, config=settings, id=out.name,
+                                                    resume="allow")
+        return lambda numbers, images: run.log(numbers, step=images)
+    return None
