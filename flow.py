@@ -1,27 +1,33 @@
-"""Rectified flow: a straight path from noise to data, a velocity learnt along it, and an ODE followed back.
+"""Rectified flow: a straight path from noise to data, a velocity learnt along it, and an ODE that follows it.
 
     path      x_t = (1 - t) noise + t data          t = 0 is noise, t = 1 is data
     velocity  v   = dx_t / dt = data - noise
     loss      E |v_theta(x_t, t, c) - v|²
     times     t = shift(sigmoid(n)), n ~ N(0, 1): logit-normal, moved towards noise for large images
-    guidance  v = v_null + w (v_cond - v_null)      w = 1 is off; on all channels; only for t in an interval, if one is given
+    guidance  v = v_null + w (v_cond - v_null)      w = 1 is off; on all channels; if asked, only for t in an interval
+    sampling  x <- x + (t' - t) v_theta(x, t, c)    Euler's step from t to t', from t = 0 to t = 1
 
 A network predicts the velocity itself ("velocity") or the clean data ("data"), from which v = (data - x_t) / (1 - t).
 Sources: Liu et al. 2022 and Lipman et al. 2023 (the path), Esser et al. 2024 (logit-normal times, eq. 23 for the
-shift), Karras et al. 2022 (Heun), Ho and Salimans 2022 (guidance), Kynkäänniemi et al. 2024 (only in an interval), Li and He
-2025 (data prediction, velocity loss).
+shift), Karras et al. 2022 (Heun), Ho and Salimans 2022 (guidance), Kynkäänniemi et al. 2024 (only in an interval), Li
+and He 2025 (data prediction, velocity loss).
+Shapes: N images, C channels, H x W pixels or latent cells.
 """
 import torch
 
+PREDICTIONS = ("velocity", "data")
+SOLVERS = ("euler", "heun")
+
 
 def shift_time(t, shift):
-    """The one time shift, for training and sampling: the noise share 1 - t becomes s(1-t) / (1 + (s-1)(1-t))."""
+    """The one time shift, for training and sampling: the share of noise, u = 1 - t, becomes
+    shift u / (1 + (shift - 1) u). Above 1 it moves times towards noise; 1 changes nothing."""
     return t / (t + shift * (1 - t))
 
 
 def sample_times(count, shift, generator):
-    """Training times, (count,), logit-normal and shifted; one from each count-th of the distribution, so that every
-    batch covers all times and its loss varies less."""
+    """Training times, (count,), logit-normal and shifted. They are stratified: the distribution is cut into `count`
+    parts of equal probability, with one time from each: every batch then covers all times, and its loss varies less."""
     uniform = torch.rand(count, generator=generator, device=generator.device)
     quantile = (torch.arange(count, device=uniform.device) + uniform) / count
     return shift_time(torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6)).sigmoid(), shift)
@@ -43,11 +49,11 @@ def to_velocity(output, x, t, prediction):
 
 def flow_loss(predict, data, noise, t, prediction="velocity"):
     """Squared velocity error of each image, (N,). predict(x, t) is the network; data, noise (N C H W); t (N,)."""
-    s = t.view(-1, 1, 1, 1)
-    x = (1 - s) * noise + s * data                                   # N C H W
+    share = t.view(-1, 1, 1, 1)                                      # N 1 1 1, the share of data in x_t
+    x = (1 - share) * noise + share * data                           # N C H W
     v = to_velocity(predict(x, t).float(), x, t, prediction)         # N C H W
-    target = data - noise if prediction == "velocity" else to_velocity(data, x, t, prediction)
-    return (v - target).square().mean((1, 2, 3))
+    target = data - noise if prediction == "velocity" else to_velocity(data, x, t, prediction)  # N C H W
+    return (v - target).square().mean((1, 2, 3))                     # N
 
 
 def guidance_active(t, weight, interval):
@@ -57,33 +63,37 @@ def guidance_active(t, weight, interval):
 
 def classifier_free_guidance(predict, condition, null, weight, prediction="velocity", interval=(0, 1)):
     """velocity(x, t) under guidance. predict(x, t, *condition) is the network; `condition` and `null` are tuples of
-    tensors (N, ...). Both branches run in one batch of 2N; with weight 1, or for t outside the interval (both ends belong
-    to it), the null branch is not run at all."""
-    both = [torch.cat(pair) for pair in zip(condition, null)]
+    tensors (N, ...). Both branches run in one batch of 2N. With weight 1, or for t outside the interval (which includes
+    both its ends), the null branch does not run at all."""
+    both = [torch.cat(pair) for pair in zip(condition, null)]        # 2N ...
 
     def velocity(x, t):                                              # N C H W, float
-        acts = guidance_active(t, weight, interval)
-        t = torch.full((len(x),), float(t), device=x.device)
-        if not acts:
+        active = guidance_active(t, weight, interval)
+        t = torch.full((len(x),), float(t), device=x.device)         # N
+        if not active:
             return to_velocity(predict(x, t, *condition).float(), x, t, prediction)
-        output = predict(torch.cat([x, x]), torch.cat([t, t]), *both).float()
-        v_cond, v_null = (to_velocity(half, x, t, prediction) for half in output.chunk(2))
-        return v_null + weight * (v_cond - v_null)
+        output = predict(torch.cat([x, x]), torch.cat([t, t]), *both).float()  # 2N C H W
+        v_cond, v_null = (to_velocity(half, x, t, prediction) for half in output.chunk(2))  # N C H W each
+        return v_null + weight * (v_cond - v_null)                   # N C H W
 
     return velocity
 
 
 def count_network_calls(times, solver, weight, interval=(0, 1)):
-    """How many times the network runs for one image: once for a velocity, twice for a guided one."""
-    visited = [t for step in zip(times[:-1], times[1:]) for t in (step if solver == "heun" else step[:1])]
-    return sum(1 + guidance_active(t, weight, interval) for t in visited)
+    """How many times the network runs for one image: once for each velocity, twice where guidance is active."""
+    calls = 0
+    for start, end in zip(times[:-1], times[1:]):
+        for t in (start, end) if solver == "heun" else (start,):     # the times at which a step asks for a velocity
+            calls += 2 if guidance_active(t, weight, interval) else 1
+    return calls
 
 
-def integrate(velocity, x, times, solver="heun", report=None):
-    """Follows dx/dt = velocity(x, t) through `times`: noise to data for rising times, inversion for falling ones.
+def integrate(velocity, x, times, solver="euler", report=None):
+    """Follows dx/dt = velocity(x, t) through `times`: from noise to data for rising times, back for falling ones.
 
     Returns x at times[-1] and the number of velocity evaluations: one a step for "euler" (first order), two for
-    "heun" (second order); a guided evaluation runs the network on both branches. `report()` is called after every evaluation.
+    "heun" (second order). Where guidance is active, one evaluation runs the network on both branches.
+    `report()` is called after every evaluation.
     """
     evaluations = 0
 
@@ -95,10 +105,10 @@ def integrate(velocity, x, times, solver="heun", report=None):
             report()
         return v
 
-    for t, s in zip(times[:-1], times[1:]):
-        h = float(s - t)
-        v = evaluate(x, t)
+    for start, end in zip(times[:-1], times[1:]):
+        h = float(end - start)
+        v = evaluate(x, start)
         if solver == "heun":
-            v = (v + evaluate(x + h * v, s)) / 2
+            v = (v + evaluate(x + h * v, end)) / 2
         x = x + h * v
     return x, evaluations

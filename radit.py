@@ -1,15 +1,17 @@
 """RadiT: a transformer that predicts the flow of a radiograph, latent or pixels, from its 19 metadata fields.
 
-    tokens    patches of p x p cells, one linear layer each; position enters only by 2-D rotary embedding
-    condition c = time(t) + sum over the 19 fields of embedding(field), one vector an image
-    block     x += g1 * attention(norm(x) (1 + s1) + b1);  x += g2 * swiglu(norm(x) (1 + s2) + b2)
-              (s, b, g) = linear(silu(c)), zero at the start: adaLN-Zero, computed once an image
+    tokens    patches of p x p cells through one linear layer; position enters only by 2-D rotary embedding
+    condition c = time(t) + sum over the 19 fields of embedding(field), one vector for each image
+    block     x <- x + gate1 attention(modulate(norm(x), shift1, scale1))
+              x <- x + gate2 swiglu(modulate(norm(x), shift2, scale2))
+    adaLN     modulate(x, shift, scale) = x (1 + scale) + shift
+              (shift, scale, gate) = linear(silu(c)), zero at the start: adaLN-Zero, once for each image
 
-RMSNorm everywhere, and on queries and keys (QK-norm: bfloat16 training stays finite). Every field has its own null
-embedding, used when it is unknown, dropped in training, or left out by guidance.
+RMSNorm everywhere, and on queries and keys (QK-norm, which keeps training in bfloat16 finite). Every field has its own
+null embedding, used when it is unknown, dropped in training, or left out by guidance.
 Sources: Peebles and Xie 2023 (DiT, adaLN-Zero), Shazeer 2020 (SwiGLU), Zhang and Sennrich 2019 (RMSNorm), Dehghani
 et al. 2023 (QK-norm), Su et al. 2021 and Heo et al. 2024 (RoPE in two dimensions).
-Shapes: N images, C channels, H x W cells, T tokens, D width, F fields.
+Shapes: N images, C channels, H x W pixels or latent cells, T tokens, D width, h heads of width d = D / h.
 
     python radit.py          prints the sizes, their parameters and FLOPs
 """
@@ -21,9 +23,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from common import check
+from flow import PREDICTIONS
 from radiographs.fields import CODED, DATASETS, VALUES
 
-# name: (width, depth, heads). Widths and SwiGLU widths are multiples of 128, heads are 64 or 128 wide.
+# name: (width, depth, heads). Widths are multiples of 128, heads are 64 or 128 wide.
 SIZES = {"XS": (256, 8, 4),       # 10M: a laptop
          "S": (384, 12, 6),       # 33M: one GPU
          "B": (1024, 16, 16),     # 0.3B
@@ -34,25 +38,37 @@ SIZES = {"XS": (256, 8, 4),       # 10M: a laptop
 @dataclass
 class RadiTConfig:
     channels: int = 128                      # C of the input: 128 for FLUX.2's latents, 1 for pixels
-    grid: tuple = (32, 32)                   # H, W of the input in cells (latents) or pixels
-    patch: int = 1                           # cells a token on each side: 1 for latents, 16 or 32 for pixels
+    grid: tuple = (32, 32)                   # H, W of the input in latent cells or pixels
+    patch: int = 1                           # side of a token in cells or pixels: 1 for latents, 16 or 32 for pixels
     width: int = 1024                        # D
     depth: int = 16                          # blocks
-    heads: int = 16                          # of width D / heads
+    heads: int = 16                          # of width D / heads, a multiple of 4
+    hidden: int = 0                          # SwiGLU's inner width; 0 chooses it from the width
     prediction: str = "velocity"             # or "data", see flow.py
     shift: float = 1.0                       # time shift of flow.py, the same in training and sampling
     datasets: tuple = DATASETS               # values of the field "dataset": the paper's seven and the user's own
     covered: dict = field(default_factory=dict)   # field -> {value: count in training}; age: [least, most]
-    examples: list = field(default_factory=list)  # metadata of training images: what to ask for when nobody asks
+    examples: list = field(default_factory=list)  # metadata to show when none is given
     vae: str = ""                            # fingerprint of the VAE whose latents these are; empty for pixels
 
     def __post_init__(self):
-        self.grid, self.datasets = tuple(self.grid), tuple(self.datasets)  # JSON has no tuples
-
-    @property
-    def hidden(self):
-        """SwiGLU's inner width: 8/3 D, so that its three matrices cost what the usual two of 4 D do; rounded up."""
-        return math.ceil(self.width * 8 / 3 / 128) * 128
+        check.whole(self, 1, 2 ** 14, "channels", "patch", "width", "heads")
+        check.whole(self, 0, 2 ** 16, "hidden")
+        check.whole(self, 0, 1_000, "depth")
+        check.wholes(self, 1, 2 ** 14, 2, 2, "grid")
+        check.number(self, 0.01, 100, "shift")
+        check.one_of(self, PREDICTIONS, "prediction")
+        check.names(self, "datasets")
+        check.kind(self, dict, "covered")
+        check.kind(self, list, "examples")
+        check.kind(self, str, "vae")
+        if any(side % self.patch for side in self.grid):
+            check.refuse(self, "grid", f"two multiples of the patch, {self.patch}")
+        if self.width % (4 * self.heads):  # RoPE turns pairs, half of them by the row and half by the column
+            check.refuse(self, "heads", f"a number of which four times divides the width, {self.width}")
+        # 8/3 D, so that SwiGLU's three matrices cost what an MLP's two of 4 D do; rounded up for the matrix units.
+        step = 64 if self.width < 512 else 128
+        self.hidden = self.hidden or math.ceil(self.width * 8 / 3 / step) * step
 
     @property
     def tokens(self):
@@ -60,7 +76,7 @@ class RadiTConfig:
 
 
 class ScalarEmbedding(nn.Module):
-    """A number to a vector: sines and cosines of periods spread from `shortest` to `longest`, then an MLP."""
+    """A number to a vector: sines and cosines whose periods range from `shortest` to `longest`, then an MLP."""
 
     def __init__(self, width, shortest, longest, features=256):
         super().__init__()
@@ -70,7 +86,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, x):                                            # N
         angles = x.float()[:, None] * self.frequencies               # N features/2
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))  # N D
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))                     # N D
 
 
 class MetadataEmbedding(nn.Module):
@@ -102,22 +118,19 @@ def rope_angles(rows, columns, head_width, device):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i + d/2}) of the last dimension by its angle."""
-    a, b = x.chunk(2, -1)                                            # N h T d/2 each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)     # N h T d
+    """Turns each pair (x_i, x_{i + d/2}) of the last dimension by its angle. cos, sin (T 1 d/2)."""
+    a, b = x.chunk(2, -1)                                            # N T h d/2 each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)     # N T h d
 
 
-def attention(q, k, v):                                              # N h T d each
-    """softmax(q k^T / sqrt(d)) v. For few tokens on a CPU torch's fused kernel is several times slower, mostly in its
-    backward pass, than the two products written out; scaling q first keeps the compiler from fusing them again."""
-    if q.device.type == "cpu" and q.shape[2] <= 512:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT                    # N h T T
-        return scores.softmax(-1).to(v.dtype) @ v                    # N h T d
-    return F.scaled_dot_product_attention(q, k, v)
+def modulate(x, shift, scale):                                       # N T D, N 1 D each
+    return torch.addcmul(shift, x, 1 + scale)                        # N T D: x (1 + scale) + shift, in one pass
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # autocast leaves a norm's weight in float32, which would miss the fused kernel
+    """torch's, for autocast on a CPU: it leaves the weight in float32, with which torch's fused kernel is not used."""
+
+    def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -125,40 +138,39 @@ class Block(nn.Module):
     def __init__(self, width, heads, hidden):
         super().__init__()
         self.heads = heads
-        self.adaln = nn.Linear(width, 6 * width)
+        self.adaln = nn.Linear(width, 6 * width)                     # shift, scale, gate of attention, then of SwiGLU
         self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)  # adaLN's scale stands in for a weight
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm = RMSNorm(width // heads, eps=1e-6)
         self.k_norm = RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, width, bias=False)
         self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
-        self.up = nn.Linear(width, 2 * hidden, bias=False)  # SwiGLU's gate and value in one matrix
+        self.up = nn.Linear(width, 2 * hidden, bias=False)           # SwiGLU's gate and value in one matrix
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x, c, cos, sin):                               # N T D, N D (after silu)
-        s1, b1, g1, s2, b2, g2 = self.adaln(c)[:, None].chunk(6, -1)  # N 1 D each
-        h = self.norm1(x) * (1 + s1) + b1                            # N T D
-        q, k, v = rearrange(self.qkv(h), "n t (three h d) -> three n h t d", three=3, h=self.heads)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)  # N h T d
-        h = attention(q, k, v)                                       # N h T d
-        x = x + g1 * self.out(rearrange(h, "n h t d -> n t (h d)"))  # N T D
-        h = self.norm2(x) * (1 + s2) + b2                            # N T D
-        gate, value = self.up(h).chunk(2, -1)                        # N T hidden each
-        return x + g2 * self.down(F.silu(gate) * value)              # N T D
+    def forward(self, x, c, cos, sin):                               # N T D, N D (after silu), T 1 d/2 each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, -1)  # N 1 D each
+        y = self.qkv(modulate(self.norm1(x), shift1, scale1))        # N T 3D
+        q, k, v = rearrange(y, "n t (three h d) -> three n t h d", three=3, h=self.heads)   # N T h d each
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)           # N T h d each
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # N h T d
+        x = torch.addcmul(x, gate1, self.out(rearrange(y, "n h t d -> n t (h d)")))         # N T D: x + gate1 * out
+        gate, value = self.up(modulate(self.norm2(x), shift2, scale2)).chunk(2, -1)         # N T hidden each
+        return torch.addcmul(x, gate2, self.down(F.silu(gate) * value))                     # N T D
 
 
 class RadiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width, cells = config.width, config.channels * config.patch ** 2
-        self.embed = nn.Linear(cells, width)
+        width, patch_dim = config.width, config.channels * config.patch ** 2
+        self.embed = nn.Linear(patch_dim, width)
         self.time = ScalarEmbedding(width, shortest=0.01, longest=10)
         self.metadata = MetadataEmbedding(width, config.datasets)
         self.blocks = nn.ModuleList([Block(width, config.heads, config.hidden) for _ in range(config.depth)])
-        self.final_adaln = nn.Linear(width, 2 * width)
+        self.final_adaln = nn.Linear(width, 2 * width)               # shift, scale
         self.final_norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
-        self.final = nn.Linear(width, cells)
+        self.final = nn.Linear(width, patch_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -177,21 +189,23 @@ class RadiT(nn.Module):
         x = self.embed(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # N T D
         c = F.silu(self.time(t) + self.metadata(age, codes))         # N D
         angles = rope_angles(rows, columns, self.config.width // self.config.heads, x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # T d/2
+        cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # T 1 d/2 each, alike for all heads
         for block in self.blocks:
             x = block(x, c, cos, sin)                                # N T D
         shift, scale = self.final_adaln(c)[:, None].chunk(2, -1)     # N 1 D
-        x = self.final(self.final_norm(x) * (1 + scale) + shift)     # N T C p p
-        return rearrange(x, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)
+        x = self.final(modulate(self.final_norm(x), shift, scale))   # N T (C p p)
+        return rearrange(x, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # N C H W
 
 
 def drop_metadata(age, codes, random):
-    """Classifier-free dropout: one image in ten loses all fields; half lose each field with an own random rate.
+    """Dropout for classifier-free guidance: one image in ten loses all fields; half of the images lose each field
+    with a probability that is itself random, one for each image.
 
-    Guidance's null needs the first. Because rates vary from 0 to 1 the model also learns to draw from one or two
-    known fields, which is how people ask. random: uniform numbers (N, 22). Returns new (age, codes).
+    Guidance's null branch needs the first. Because the second's probabilities range from 0 to 1, the model also learns
+    to sample from only one or two known fields, as people mostly ask.
+    random: uniform numbers (N, 22). Returns new (age, codes).
     """
-    everything, some, rate = random[:, 0] < 0.1, random[:, 1] < 0.5, random[:, 2]
+    everything, some, rate = random[:, 0] < 0.1, random[:, 1] < 0.5, random[:, 2]  # N each
     drop = everything[:, None] | (some[:, None] & (random[:, 3:] < rate[:, None]))  # N 19
     return torch.where(drop[:, 0], math.nan, age), torch.where(drop[:, 1:], 0, codes)
 
@@ -201,21 +215,22 @@ def drop_metadata(age, codes, random):
 
 def count_parameters(cfg):
     """The number of parameters, without building the model."""
-    d, cells = cfg.width, cfg.channels * cfg.patch ** 2
+    d, patch_dim = cfg.width, cfg.channels * cfg.patch ** 2
     scalar = 256 * d + d + d * d + d                                 # ScalarEmbedding
     rows = sum(1 + len(cfg.datasets if name == "dataset" else VALUES[name]) for name in CODED)
     block = 6 * d * d + 6 * d + 4 * d * d + 2 * (d // cfg.heads) + 3 * d * cfg.hidden
-    return (cells * d + d) + 2 * scalar + rows * d + d + cfg.depth * block + (2 * d * d + 2 * d) + (d * cells + cells)
+    ends = (patch_dim * d + d) + (2 * d * d + 2 * d) + (d * patch_dim + patch_dim)  # embed, final_adaln, final
+    return ends + 2 * scalar + rows * d + d + cfg.depth * block
 
 
 def count_flops(cfg):
-    """Floating-point operations of one image's forward pass, two for each multiply-add; training takes three times that.
+    """Operations (FLOPs) of one image's forward pass, two for each multiply-add; training takes three times as many.
 
-    Matrix products only. adaLN, time and metadata act once an image, the rest once a token.
+    Matrix products only. adaLN, time and metadata count once for each image, the rest once for each token.
     """
-    d, t, cells = cfg.width, cfg.tokens, cfg.channels * cfg.patch ** 2
+    d, t, patch_dim = cfg.width, cfg.tokens, cfg.channels * cfg.patch ** 2
     once = 2 * (256 * d + d * d) + cfg.depth * 6 * d * d + 2 * d * d
-    per_token = 2 * cells * d + cfg.depth * (4 * d * d + 3 * d * cfg.hidden)
+    per_token = 2 * patch_dim * d + cfg.depth * (4 * d * d + 3 * d * cfg.hidden)
     attention = cfg.depth * 2 * t * t * d                            # scores and weighted sum
     return 2 * (once + t * per_token + attention)
 

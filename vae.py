@@ -1,7 +1,7 @@
 """Rad-VAE: a radiograph to a small latent and back, in FLUX.2's autoencoder architecture at any width.
 
     encoder   x (N 1 H W) -> mean, log-variance (N c h w), h = H / 2^(levels - 1): f8 with four levels
-    patchify  2x2 latent cells become channels: (N 4c h/2 w/2), one transformer token a cell
+    patchify  2x2 latent cells become channels: (N 4c h/2 w/2), each cell a token of the transformer
     normalise each of the 4c channels by stored running statistics, so that the flow sees unit variance
 
     loss = Charbonnier(x, x̂) + w_ssim (1 - SSIM(x, x̂)) + w_kl KL(q(z|x) || N(0, I)) + w_p perceptual(x, x̂)
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import cli
+from common import check
 from encoders.perceptual import PUBLISHED_WEIGHT, perceptual_loss
 
 
@@ -35,9 +35,12 @@ class VAEConfig:
     groups: int = 32                             # of every GroupNorm
 
     def __post_init__(self):
-        self.widths = tuple(self.widths)  # JSON has no tuples
+        check.one_of(self, (1, 3), "channels")
+        check.whole(self, 1, 4_096, "latent_channels", "groups")
+        check.whole(self, 1, 64, "layers")
+        check.wholes(self, 1, 2 ** 14, 1, 8, "widths")
         if any(width % self.groups for width in self.widths):
-            raise cli.InputError(f"widths {self.widths} are not all multiples of the {self.groups} groups of GroupNorm")
+            check.refuse(self, "widths", f"multiples of the groups of GroupNorm, {self.groups}")
 
 
 class ResnetBlock(nn.Module):
@@ -53,7 +56,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x):                                            # N c_in h w
         h = self.conv1(F.silu(self.norm1(x)))                        # N c_out h w
         h = self.conv2(F.silu(self.norm2(h)))                        # N c_out h w
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # N c_out h w
 
 
 class Attention(nn.Module):
@@ -66,9 +69,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list of one because diffusers' name is to_out.0
 
     def forward(self, x):                                            # N c h w
-        tokens = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](out), "n 1 (h w) c -> n c h w", h=x.shape[2])
+        tokens = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")             # one head
+        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))  # N 1 (h w) c
+        return x + rearrange(self.to_out[0](out), "n 1 (h w) c -> n c h w", h=x.shape[2])    # N c h w
 
 
 class MidBlock(nn.Module):
@@ -112,11 +115,11 @@ class Level(nn.Module):
         elif resample is Upsample:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
-    def forward(self, x):
+    def forward(self, x):                                            # N c_in h w
         for resnet in self.resnets:
-            x = resnet(x)
+            x = resnet(x)                                            # N c_out h w
         for resample in getattr(self, "downsamplers", None) or getattr(self, "upsamplers", ()):
-            x = resample(x)
+            x = resample(x)                                          # N c_out h/2 w/2 or 2h 2w
         return x
 
 
@@ -126,7 +129,8 @@ class Encoder(nn.Module):
         w, last = cfg.widths, len(cfg.widths) - 1
         self.conv_in = nn.Conv2d(cfg.channels, w[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            Level(w[max(i - 1, 0)], w[i], cfg.layers, cfg.groups, Downsample if i < last else None) for i in range(last + 1)])
+            Level(w[max(i - 1, 0)], w[i], cfg.layers, cfg.groups, Downsample if i < last else None)
+            for i in range(last + 1)])
         self.mid_block = MidBlock(w[-1], cfg.groups)
         self.conv_norm_out = nn.GroupNorm(cfg.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * cfg.latent_channels, 3, padding=1)
@@ -146,14 +150,15 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.latent_channels, w[0], 3, padding=1)
         self.mid_block = MidBlock(w[0], cfg.groups)
         self.up_blocks = nn.ModuleList([
-            Level(w[max(i - 1, 0)], w[i], cfg.layers + 1, cfg.groups, Upsample if i < last else None) for i in range(last + 1)])
+            Level(w[max(i - 1, 0)], w[i], cfg.layers + 1, cfg.groups, Upsample if i < last else None)
+            for i in range(last + 1)])
         self.conv_norm_out = nn.GroupNorm(cfg.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], cfg.channels, 3, padding=1)
 
     def forward(self, z):                                            # N c h w
         x = self.mid_block(self.conv_in(z))                          # N w h w
         for level in self.up_blocks:
-            x = level(x)
+            x = level(x)                                             # N wi, twice as high and wide after each but the last
         return self.conv_out(F.silu(self.conv_norm_out(x)))          # N 1 H W
 
 
@@ -189,7 +194,7 @@ class RadVAE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of the normalised latent: each (N, 4c, h, w)."""
-        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images: GroupNorm and attention see all of one
+        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images, all of which GroupNorm sees
         mean, logvar = (torch.cat(half) for half in zip(*map(self.moments, slices)))  # N 4c h w each
         variance = (self.bn.running_var + self.bn.eps)[:, None, None]
         return (mean - self.bn.running_mean[:, None, None]) / variance.sqrt(), logvar - variance.log()
@@ -206,8 +211,8 @@ class RadVAE(nn.Module):
         return x.mean(1, keepdim=True)                               # N 1 H W
 
     def forward(self, x, noise):
-        """One training pass: reconstruction, mean, log-variance (raw). The means of a whole batch then go through bn, which
-        updates the running statistics."""
+        """One training pass: reconstruction, mean, log-variance (raw). The means of a whole batch then go through bn,
+        which updates the running statistics."""
         mean, logvar = self.moments(x)                               # N 4c h w
         z = mean + (0.5 * logvar).exp() * noise                      # N 4c h w
         return self.reconstruct(z), mean, logvar
@@ -239,8 +244,8 @@ def psnr(x, y, data_range=2.0):
 
 def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, encoder=None,
              perceptual_weight=PUBLISHED_WEIGHT):
-    """The training loss of a batch and its terms, each a mean over pixels or latent elements; in float32. With an encoder
-    of raddino.py there is a perceptual term as well (perceptual.py)."""
+    """The training loss of a batch and its terms, each a mean over pixels or latent elements; in float32. With an
+    encoder of encoders/raddino.py there is a perceptual term as well (encoders/perceptual.py)."""
     with torch.autocast(x.device.type, enabled=False):  # SSIM subtracts nearly equal numbers
         x, reconstruction, mean, logvar = x.float(), reconstruction.float(), mean.float(), logvar.float()
         charbonnier = ((x - reconstruction).square() + 1e-6).sqrt().mean()

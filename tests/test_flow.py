@@ -105,16 +105,18 @@ def test_guidance_acts_on_all_channels_and_1_is_off():
 
     x = torch.zeros(2, 5, 3, 3)
     assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 1.0)(x, 0.5), torch.full_like(x, 3.0))
-    assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 2.0)(x, 0.5), torch.full_like(x, 5.0))  # 1 + 2 (3 - 1)
+    v = flow.classifier_free_guidance(predict, condition, null, 2.0)(x, 0.5)
+    assert torch.equal(v, torch.full_like(x, 5.0))                   # 1 + 2 (3 - 1)
     assert torch.equal(flow.classifier_free_guidance(predict, condition, null, 0.0)(x, 0.5), torch.full_like(x, 1.0))
-    assert calls == [2, 4, 4]                                        # one batch for both branches; none for the null at 1
+    assert calls == [2, 4, 4]                                        # one batch for both branches; no null at 1
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("weight, interval", [(2.0, (0.25, 0.5)), (2.0, (0, 1)), (1.0, (0, 1)), (3.0, (0.9, 0.95)), (0.5, (0.5, 0.5))])
+@pytest.mark.parametrize("weight, interval", [(2.0, (0.25, 0.5)), (2.0, (0, 1)), (1.0, (0, 1)), (3.0, (0.9, 0.95)),
+                                              (0.5, (0.5, 0.5))])
 def test_guidance_in_an_interval_of_time(solver, weight, interval):
-    """On data whose velocity is exact: guidance adds (w - 1) (v_cond - v_null) inside, nothing outside, and `passes` is what
-    the network really ran. v_null is off by 1 at all times, so an Euler path ends (w - 1) times the time spent inside higher."""
+    """On data whose velocity is exact: guidance adds (w - 1) (v_cond - v_null) inside, nothing outside, and
+    count_network_calls says how often the network really ran. v_null is lower than v_cond by 1 at all times."""
     noise, _, _ = gaussian(50)
     noise, times, ran = noise.float(), flow.time_grid(8, 1.0), []
     condition, null = [torch.zeros(50, 1)], [torch.ones(50, 1)]
@@ -134,15 +136,16 @@ def test_guidance_in_an_interval_of_time(solver, weight, interval):
     x, evaluations = flow.integrate(guided, noise, times, solver)
     assert sum(ran) / 50 == flow.count_network_calls(times, solver, weight, interval)
     assert evaluations == len(ran) == 8 * (2 if solver == "heun" else 1)
-    if interval == (0.9, 0.95):                                      # between two steps: as without guidance, to the bit
+    if interval == (0.9, 0.95):                                      # between two steps: guidance is never active
         assert torch.equal(x, flow.integrate(plain, noise, times, solver)[0])
 
 
-def test_passes_by_hand():
+def test_network_calls_by_hand():
     times = flow.time_grid(4, 1.0)                                   # 0, 1/4, 1/2, 3/4, 1
     assert flow.count_network_calls(times, "euler", 1.0) == 4 and flow.count_network_calls(times, "euler", 2.0) == 8
     assert flow.count_network_calls(times, "euler", 2.0, (0.25, 0.5)) == 6        # two of four with both branches
-    assert flow.count_network_calls(times, "heun", 2.0, (0.25, 0.5)) == 12        # at 0 1/4, 1/4 1/2, 1/2 3/4, 3/4 1: four of eight
+    # Heun asks at 0 1/4, 1/4 1/2, 1/2 3/4, 3/4 1: guidance is active in four of the eight.
+    assert flow.count_network_calls(times, "heun", 2.0, (0.25, 0.5)) == 12
     assert flow.count_network_calls(times, "heun", 2.0, (0.8, 1)) == 9            # at the end of the last step alone
 
 

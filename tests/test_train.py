@@ -273,7 +273,7 @@ def test_a_damaged_log_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["vae", "--widths", "8,12", "--groups", "8"], "widths (8, 12) are not all multiples of the 8 groups"),
+    (["vae", "--widths", "8,12", "--groups", "8"], "widths is (8, 12); accepted: multiples of the groups of GroupNorm, 8"),
     (["vae", "--widths", "8,8,8,8,8,8", "--groups", "8"], "multiple of 64 pixels, not 32"),
     (["vae", "--batch", "0"], "'0' is not a whole number from 1 to"),
     (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),

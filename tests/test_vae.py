@@ -230,6 +230,18 @@ def test_forward_is_encode_sample_decode():
     assert torch.allclose(model(x, noise)[0], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("name, values, accepted", [
+    ("channels", [0, -1, 2, "1", None, [1]], "1 or 3"), ("latent_channels", [0, -4, 1.5, 10 ** 20, True], "whole number from 1"),
+    ("widths", [[], 8, [0], [8, -8], [8, 8.0], "8", None, [10 ** 7]], "list of 1 to 8 whole numbers"),
+    ("layers", [0, 10 ** 7, "x"], "whole number from 1 to 64"), ("groups", [0, -4, None], "whole number from 1")])
+def test_every_field_of_a_config_is_checked(name, values, accepted):
+    for value in values:
+        with pytest.raises(cli.InputError, match=f"^{name} is .*; accepted: .*{accepted}"):
+            VAEConfig(**vars(SMALL) | {name: value})
+    with pytest.raises(cli.InputError, match="widths is .*multiples of the groups of GroupNorm, 32"):
+        VAEConfig(widths=(48, 64))
+
+
 def test_starts_with_a_narrow_posterior():
     torch.manual_seed(0)
     logvar = RadVAE(VAEConfig(1, 8, (16, 32, 64, 128), 1, 8)).moments(torch.randn(2, 1, 64, 64))[1]
