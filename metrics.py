@@ -1,46 +1,49 @@
 """How good are generated radiographs? Distances between two sets of images in the feature space of an encoder.
 
-    FDD        Fréchet distance      |mu - mu'|² + tr(S + S' - 2 (S S')^1/2)             Heusel et al. 2017, Rad-DINO features
-    KDD        kernel distance       E k(x,x') + E k(y,y') - 2 E k(x,y), k = (x·y/D + 1)³     Binkowski et al. 2018, unbiased
+    FDD        Fréchet distance    |mu - mu'|² + tr(S + S' - 2 (S S')^1/2)        Heusel et al. 2017, Rad-DINO features
+    FDD-inf    its limit for infinitely many images                               Chong and Forsyth 2020
+    KDD        kernel distance     E k(x,x') + E k(y,y') - 2 E k(x,y), k = (x·y/D + 1)³     Binkowski et al. 2018
     precision  share of synthetic images within a real image's k-th neighbour distance     Kynkäänniemi et al. 2019
     recall     share of real images within a synthetic image's k-th neighbour distance
-    density, coverage                as precision and recall, robust to outliers             Naeem et al. 2020
-    memorisation                     |x - nearest training image| / sqrt(D), beside the same for held-out real images
+    density, coverage              as precision and recall, robust to outliers             Naeem et al. 2020
+    memorisation                   |x - nearest training image| / sqrt(D), beside the same for held-out real images
 
-The spread beside a figure is one standard error: for FDD a jackknife over ten parts of both sets, for KDD that of the
-U-statistic (or over subsets, where asked for), for the four shares that of a mean over images, the other set held fixed.
-FDD falls as N grows: compare only at equal N, equal encoder and equal protocol, which the first line of the output names.
+The figure behind ± is one standard error: a jackknife over parts of both sets; for KDD that of the U-statistic,
+or the standard deviation over subsets with --subset. FDD falls as N grows: compare only at equal N, equal encoder and
+equal protocol, which the first line of the output names, and with the column `real/real`: the FDD that real images
+would have against real images at these numbers.
 
-    python metrics.py REAL SYNTHETIC [--encoder DIR] [--by sex age label] [--train PREPARED] [--json FILE]
-
-REAL and SYNTHETIC are folders of images, or prepared sources (with index.csv), which --split and --by need.
+REAL and SYNTHETIC are any folders of images (subfolders and DICOM too), prepared sources, what sample.py wrote, or
+CheXGenBench's own tables. --split and --by need an index.csv; its optional column Prompt holds the text an image was
+asked for, of which --protocol chexgenbench takes one image each.
 """
 import argparse
-import hashlib
 import math
-import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import scipy.linalg
+import scipy.stats
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 from common import cli, hub
 from common.cli import InputError
 from encoders import raddino
+from encoders.features import (deduplicated, labels_of_prompts, set_of,
+                               training_images)
 from radiographs.fields import GROUPS, groups_of
-from radiographs.index import SPLITS, read_index
+from radiographs.index import SPLITS
+from radiographs.pixels import is_synthetic
 
 TILE = 1024  # rows of a block of distances
+PARTS = 10   # of each set, for the jackknife of FDD
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The distances; features are (N, D) tensors, computed with in float64
 
-def moments(features):
+def mean_and_covariance(features):
     """Mean (D,) and unbiased covariance (D, D) in float64, block by block: no float64 copy of all features."""
     mean = sum(block.double().sum(0) for block in features.split(TILE)) / len(features)
     scatter = sum((block.double() - mean).T @ (block.double() - mean) for block in features.split(TILE))
@@ -48,9 +51,9 @@ def moments(features):
 
 
 def frechet(mean, cov, mean2, cov2):
-    """The Fréchet distance of two Gaussians. tr (S S')^1/2 is the sum of the roots of the eigenvalues of S' S, which are
-    those of A^T S' A, where S = A A^T: a symmetric product, so no matrix square root and nothing complex. LAPACK finds them
-    by Cholesky's factor A; where S is singular, A comes from its eigenvalues."""
+    """The Fréchet distance of two Gaussians. tr (S S')^1/2 is the sum of the roots of the eigenvalues of S' S, which
+    are those of A^T S' A, where S = A A^T: a symmetric product, so no matrix square root and nothing complex. LAPACK
+    finds them by Cholesky's factor A; where S is singular, A comes from its eigenvalues."""
     s, s2 = cov.cpu().numpy(), cov2.cpu().numpy()
     try:
         overlap = scipy.linalg.eigh(s2, s, type=2, eigvals_only=True, driver="gv")           # D
@@ -58,18 +61,71 @@ def frechet(mean, cov, mean2, cov2):
         values, vectors = np.linalg.eigh(s)
         a = vectors * np.sqrt(values.clip(0))                        # D D
         overlap = np.linalg.eigvalsh(a.T @ s2 @ a)                   # D
-    return ((mean - mean2).square().sum() + cov.trace() + cov2.trace()).item() - 2 * np.sqrt(overlap.clip(0)).sum().item()
+    trace = np.sqrt(overlap.clip(0)).sum().item()
+    return ((mean - mean2).square().sum() + cov.trace() + cov2.trace()).item() - 2 * trace
 
 
-def frechet_distance(x, y, parts=10, seed=0):
-    """FDD of features x (N, D) and y (M, D), and its standard error: leave out a tenth of both, ten times."""
-    value = frechet(*moments(x), *moments(y))
-    if min(len(x), len(y)) < 2 * parts:
-        return value, math.nan
-    rng = torch.Generator().manual_seed(seed)
-    groups = [torch.randperm(len(f), generator=rng) % parts for f in (x, y)]
-    values = torch.tensor([frechet(*moments(x[groups[0] != i]), *moments(y[groups[1] != i])) for i in range(parts)])
-    return value, ((parts - 1) * values.var(correction=0)).sqrt().item()
+def random_parts(n, seed=0):
+    """The part, 0 to 9, that each of n images is in: (N,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % PARTS
+
+
+class PartSums:
+    """Sums over random parts of a set of features, from which mean and covariance of any union of parts follow without
+    another pass over the images."""
+
+    def __init__(self, features, seed=0):
+        part, self.centre = random_parts(len(features), seed), features.double().mean(0)   # centred: nothing cancels
+        self.counts, self.sums, self.products = [], [], []           # of each part: a number, D, D D
+        for i in range(PARTS):
+            block = features[(part == i).to(features.device)].double() - self.centre         # n D
+            self.counts.append(len(block))
+            self.sums.append(block.sum(0))
+            self.products.append(block.T @ block)
+
+    def union(self, parts):
+        """Mean (D,) and unbiased covariance (D, D) of the images in `parts`."""
+        n = sum(self.counts[i] for i in parts)
+        mean = sum(self.sums[i] for i in parts) / n
+        scatter = sum(self.products[i] for i in parts) - n * torch.outer(mean, mean)
+        return self.centre + mean, scatter / (n - 1)
+
+
+def frechet_distances(x, y, seed=0):
+    """{"FDD", "FDD-inf", "real/real": (value, standard error)} of real features x (N, D) and synthetic ones y (M, D).
+
+    With noise in mean and covariance, FDD(N) = FDD-inf + c / N to first order: FDD-inf is the intercept of the line
+    through the distances of 5 to 10 tenths of both sets (Chong and Forsyth 2020), each the mean over ten windows of
+    neighbouring parts. It is NaN where half a set does not exceed the D features, since the law does not hold there.
+    Real/real is the distance between halves of x, brought to N and M by the same law. The standard error is a
+    jackknife, which leaves out one part of both sets at a time; FDD-inf has that of FDD, as the correction between
+    them hardly varies.
+    """
+    nothing = (math.nan, math.nan)
+    result = {"FDD": (frechet(*mean_and_covariance(x), *mean_and_covariance(y)), math.nan), "FDD-inf": nothing,
+              "real/real": nothing}
+    if min(len(x), len(y)) < 2 * PARTS:
+        return result
+    a, b = PartSums(x, seed), PartSums(y, seed)
+
+    def windows(size):
+        """`size` neighbouring parts, beginning at each of the ten."""
+        return [[(first + i) % PARTS for i in range(size)] for first in range(PARTS)]
+
+    def distances(size):
+        return np.array([frechet(*a.union(parts), *b.union(parts)) for parts in windows(size)])
+
+    error = float(np.sqrt((PARTS - 1) * distances(PARTS - 1).var()))
+    result["FDD"] = (result["FDD"][0], error)
+    if min(len(x), len(y)) > 2 * x.shape[1]:
+        sizes = range(PARTS // 2, PARTS)
+        means = [distances(size).mean() for size in sizes] + [result["FDD"][0]]
+        result["FDD-inf"] = (float(np.polyfit([1 / size for size in [*sizes, PARTS]], means, 1)[1]), error)
+    halves = [(parts, set(range(PARTS)) - set(parts)) for parts in windows(PARTS // 2)[:PARTS // 2]]
+    between = np.mean([frechet(*a.union(parts), *a.union(others)) for parts, others in halves])
+    law = (1 / len(x) + 1 / len(y)) / (4 / len(x))                   # two halves of N: c (2 / N + 2 / N)
+    result["real/real"] = (float(between * law), math.nan)
+    return result
 
 
 def kernel_means(x, y):
@@ -86,8 +142,8 @@ def kernel_means(x, y):
 
 def kernel_distance(x, y):
     """The unbiased squared MMD of x (N, D) and y (M, D) with KID's kernel, and its standard error."""
-    (kxx, _), (kyy, _), (kxy, kyx), (n, m) = kernel_means(x, x), kernel_means(y, y), kernel_means(x, y), (len(x), len(y))
-    own = [((f.double().square().sum(1) / f.shape[1]) + 1).pow(3) for f in (x, y)]          # k(x_i, x_i), not wanted
+    (kxx, _), (kyy, _), (kxy, kyx), n, m = kernel_means(x, x), kernel_means(y, y), kernel_means(x, y), len(x), len(y)
+    own = [((f.double().square().sum(1) / f.shape[1]) + 1).pow(3) for f in (x, y)]          # k(x_i, x_i), left out
     kxx, kyy = (n * kxx - own[0]) / (n - 1), (m * kyy - own[1]) / (m - 1)
     error = 4 * (kxx - kxy).var() / n + 4 * (kyy - kyx).var() / m    # of the first-order terms of the U-statistic
     return (kxx.mean() + kyy.mean() - 2 * kxy.mean()).item(), error.sqrt().item()
@@ -102,43 +158,65 @@ def kernel_distance_of_subsets(x, y, size, count=100, seed=0):
 
 
 def squared_distances(x, y):
-    """Squared Euclidean distances (N, M) in float64."""
+    """Squared Euclidean distances (N, M) in float64; 0 for equal rows, which the sum of three products misses by a
+    rounding error."""
     x, y = x.double(), y.double()
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_(min=0)
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)         # N M
+    distances = squares - 2 * x @ y.T                                # N M
+    return torch.where(distances > 1e-12 * squares, distances, 0)
 
 
 def radii(x, k):
-    """Squared distance from each of x (N, D) to its k-th neighbour in x: (N,)."""
-    result = []
-    for start, block in zip(range(0, len(x), TILE), x.split(TILE)):
-        nearest = torch.empty(len(block), 0, dtype=torch.float64, device=x.device)
-        for other, part in zip(range(0, len(x), TILE), x.split(TILE)):
-            distances = squared_distances(block, part)               # n m
-            if start == other:
-                distances.fill_diagonal_(math.inf)                   # nobody is their own neighbour
-            nearest = torch.cat([nearest, distances], 1)
-            nearest = nearest.topk(min(k, nearest.shape[1]), largest=False).values
-        result.append(nearest[:, -1])
-    return torch.cat(result)
+    """Squared distance from each of x (N, D) to its k-th neighbour in x, (N,), rounded up by a billionth, so that the
+    k-th neighbour itself lies inside."""
+    result, indices = [], torch.arange(len(x), device=x.device)
+    for rows in indices.split(TILE):
+        found = torch.empty(len(rows), 0, dtype=torch.float64, device=x.device)
+        for columns in indices.split(TILE):
+            distances = squared_distances(x[rows], x[columns])       # n m
+            distances[rows[:, None] == columns] = math.inf           # nothing is its own neighbour
+            found = torch.cat([found, distances], 1)
+            found = found.topk(min(k, found.shape[1]), largest=False).values
+        result.append(found[:, -1])
+    return torch.cat(result) * (1 + 1e-9)
 
 
-def prdc(real, fake, k=5):
-    """Precision, recall, density, coverage of `fake` (M, D) against `real` (N, D): {name: (value, standard error)}."""
-    if min(len(real), len(fake)) <= k:
-        raise InputError(f"{min(len(real), len(fake))} images have no {k}-th neighbour; use more images or a smaller --k")
+def shares(real, fake, k):
+    """Precision, recall, density and coverage of `fake` (M, D) against `real` (N, D): (4,). Balls are closed (<=), as
+    Kynkäänniemi et al. define them."""
     real_radii, fake_radii = radii(real, k), radii(fake, k)
-    inside = torch.zeros(len(fake), dtype=torch.float64, device=real.device)  # M, real neighbourhoods it lies in
+    inside = torch.zeros(len(fake), dtype=torch.float64, device=real.device)   # M, in how many real balls it lies
     reached, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for i in range(0, len(real), TILE):
         for j in range(0, len(fake), TILE):
             rows, columns = slice(i, i + TILE), slice(j, j + TILE)
             distances = squared_distances(real[rows], fake[columns])  # n m
-            near = distances < real_radii[rows, None]
+            near = distances <= real_radii[rows, None]
             inside[columns] += near.sum(0)
             covered[rows] |= near.any(1)
-            reached[rows] |= (distances < fake_radii[columns]).any(1)
-    per_image = {"precision": inside > 0, "recall": reached, "density": inside / k, "coverage": covered}
-    return {name: (v.double().mean().item(), v.double().std().item() / len(v) ** 0.5) for name, v in per_image.items()}
+            reached[rows] |= (distances <= fake_radii[columns]).any(1)
+    return torch.stack([x.double().mean() for x in (inside > 0, reached, inside / k, covered)]).cpu()
+
+
+def prdc(real, fake, k=5, seed=0, halves=20):
+    """Precision, recall, density and coverage of `fake` (M, D) against `real` (N, D): {name: (value, standard error)}.
+
+    The error is a jackknife that leaves out half of both sets (Shao and Wu 1989): the standard deviation over random
+    halves. k-th neighbours change with either set, which a spread over the images of one set would miss, and they jump
+    when single images are left out, so that leaving out a tenth would overstate it. Raises InputError if a set has no
+    k-th neighbour.
+    """
+    size = min(len(real), len(fake))
+    if size <= k:
+        raise InputError(f"{size} images have no {k}-th neighbour; use more images or a smaller --k")
+    values, errors, rng = shares(real, fake, k), [math.nan] * 4, torch.Generator().manual_seed(seed)
+
+    def half(x):
+        return x[torch.randperm(len(x), generator=rng)[:len(x) // 2].to(x.device)]
+
+    if size // 2 > k:
+        errors = torch.stack([shares(half(real), half(fake), k) for _ in range(halves)]).std(0).tolist()
+    return dict(zip(("precision", "recall", "density", "coverage"), zip(values.tolist(), errors)))
 
 
 def nearest(x, training):
@@ -150,86 +228,64 @@ def nearest(x, training):
             rows = slice(first, first + TILE)
             distance, index = squared_distances(x[rows], training[start:start + TILE]).min(1)
             closer = distance < best[rows]
-            best[rows], which[rows] = torch.where(closer, distance, best[rows]), torch.where(closer, index + start, which[rows])
+            best[rows] = torch.where(closer, distance, best[rows])
+            which[rows] = torch.where(closer, index + start, which[rows])
     return (best / x.shape[1]).sqrt(), which
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Features of files, cached beside them
+# Does the model copy?
 
-def listed(where, split=None):
-    """What is known of every image of a prepared source, or {"path"} for every image file of a plain folder."""
-    where = Path(where)
-    if where.is_file() or (where / "index.csv").exists():
-        root = where.parent if where.is_file() else where
-        records = [record | {"path": root / record["path"]} for record in read_index(where)]
-        records = [record for record in records if split in (None, record["split"])]
-    elif where.is_dir():
-        if split:
-            raise InputError(f"{where}: --split needs an index.csv there")
-        records = [{"path": path} for path in sorted(where.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        if not records:
-            raise InputError(f"{where}: neither an index.csv nor an image in it; prepare it first, or name the folder of the images")
-    else:
-        raise InputError(f"{where}: no such folder")
-    return records
+def held_out(real, x, training, z):
+    """Rows of the real images that the model cannot have been trained on: of another patient than every training image,
+    another file, and other features, for a picture may have been saved twice. Records and features (N, D) of both."""
+    patients = {record["patient"] for record in training if "patient" in record}
+    files = {record["content"] for record in training}
+    distance, _ = nearest(x, z)
+    rows = [i for i, record in enumerate(real) if record.get("patient") not in patients
+            and record["content"] not in files and distance[i] > 1e-4]
+    if len(rows) < 2:
+        raise InputError(f"{len(rows)} of {len(real)} real images are of patients and files that --train does not "
+                         "hold; memorisation needs held-out images: give real images of other patients")
+    return rows
 
 
-def load(path, config, chexgenbench):
-    """One file as the encoder wants it, (C, S, S). CheXGenBench first squeezes it to 299x299 bytes."""
-    try:
-        with Image.open(path) as image:
-            if chexgenbench:
-                image = image.convert("RGB").resize((299, 299), Image.Resampling.BILINEAR)
-            return raddino.preprocess(image, config)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise InputError(f"{path}: unreadable image ({error})") from None
-
-
-@torch.no_grad()
-def features_of(records, encoder, cache, chexgenbench=False, batch=16):
-    """CLS features (N, D) float32. `cache` is a file that holds those of every image seen before, by the hash of the
-    image's bytes: a changed image is a new one. It is written anew, whole, every few thousand images."""
-    saved = safetensors.torch.load_file(cache) if cache.exists() else {"names": torch.empty(0, 16), "features": ()}
-    known = dict(zip(map(bytes, saved["names"].byte().numpy()), saved["features"]))
-    names = [hashlib.sha256(record["path"].read_bytes()).digest()[:16] for record in records]
-    new = list({name: record["path"] for name, record in zip(names, records) if name not in known}.items())
-    device = next(encoder.parameters()).device
-    for start in tqdm(range(0, len(new), batch), desc=str(cache.parent), unit="batch", disable=not new):
-        part = new[start:start + batch]
-        images = torch.stack([load(path, encoder.config, chexgenbench) for _, path in part])  # N C S S
-        known |= zip([name for name, _ in part], encoder(images.to(device))[0].float().cpu())
-        if start + batch >= len(new) or start // batch % 256 == 255:
-            table = torch.from_numpy(np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16).copy())
-            safetensors.torch.save_file({"names": table, "features": torch.stack(list(known.values()))}, f"{cache}.tmp")
-            os.replace(f"{cache}.tmp", cache)
-    features = torch.stack([known[name] for name in names])          # N D
-    if not features.isfinite().all():
-        raise InputError(f"{records[(~features.isfinite().all(1)).nonzero()[0, 0]]['path']}: its features are not finite")
-    if len(features) > 1 and (features == features[0]).all():
-        raise InputError(f"{cache.parent}: all {len(features)} images have the same features; are they all the same image?")
-    return features
+def memorisation(real, fake, training):
+    """How near synthetic images come to training images, beside held-out real ones (features (N, D) each): a copying
+    model has many synthetic images below the distance that only 1 % of real images come under. `interval` is the
+    exact 95 % interval of that share (Clopper and Pearson 1934)."""
+    table, bound = {}, None
+    for who, features in (("held-out real", real), ("synthetic", fake)):
+        distance, _ = nearest(features, training)
+        quantiles = distance.quantile(torch.tensor([0, 0.01, 0.05, 0.5], dtype=distance.dtype)).tolist()
+        bound = quantiles[1] if bound is None else bound
+        below = int((distance < bound).sum())
+        interval = scipy.stats.binomtest(below, len(distance)).proportion_ci(method="exact")
+        table[who] = {"n": len(distance), **dict(zip(("least", "1 %", "5 %", "median"), quantiles)),
+                      "below": below / len(distance), "interval": [float(interval.low), float(interval.high)]}
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The report
 
-def deduplicated(records, seed=0):
-    """CheXGenBench: one image a prompt. Records without prompts stay as they are."""
-    return list({record.get("prompt", i): record for i, record in reversed(list(enumerate(records)))}.values())[::-1]
-
-
-def compare(real, fake, k, subset, seed, matched=False):
-    """{measure: (value, standard error)} of synthetic features against real ones."""
-    if matched and len(real) != len(fake):  # CheXGenBench's KDD takes as many of either side
-        size = min(len(real), len(fake))
-        a, b = (f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:size]] for f in (real, fake))
-        kdd = kernel_distance(a, b)
+def compare(real, fake, k=5, subset=None, seed=0, equal=False):
+    """{measure: (value, standard error)} of synthetic features (M, D) against real ones (N, D). With `equal`, KDD is
+    that of equally many images of either side, as CheXGenBench has it. Raises InputError for fewer images than k +
+    1."""
+    size = min(len(real), len(fake))
+    shares = prdc(real, fake, k, seed)
+    if equal and len(real) != len(fake):
+        kdd = kernel_distance(*(f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:size]]
+                                for f in (real, fake)))
     elif subset:
-        kdd = kernel_distance_of_subsets(real, fake, min(subset, len(real), len(fake)), seed=seed)
+        kdd = kernel_distance_of_subsets(real, fake, min(subset, size), seed=seed)
     else:
         kdd = kernel_distance(real, fake)
-    return {"FDD": frechet_distance(real, fake, seed=seed), "KDD": kdd, **prdc(real, fake, k)}
+    return {**frechet_distances(real, fake, seed), "KDD": kdd, **shares}
+
+
+MEASURES = ("FDD", "FDD-inf", "real/real", "KDD", "precision", "recall", "density", "coverage")
 
 
 def grouped(real, fake, kinds):
@@ -244,95 +300,127 @@ def grouped(real, fake, kinds):
         yield name, members[0][name], members[1][name]
 
 
-def memorisation(real, fake, training):
-    """How near synthetic images come to training images, beside held-out real ones: a copying model has many synthetic
-    images below the distance that only 1 % of real images come under."""
-    table, bound = {}, None
-    for who, features in (("held-out real", real), ("synthetic", fake)):
-        distance, _ = nearest(features, training)
-        quantiles = distance.quantile(torch.tensor([0, 0.01, 0.05, 0.5], dtype=distance.dtype)).tolist()
-        bound = quantiles[1] if bound is None else bound
-        table[who] = dict(zip(("least", "1 %", "5 %", "median"), quantiles)) | {"below": (distance < bound).double().mean().item()}
-    return table
+def warnings_of(real, fake, training):
+    """What makes the two sets, or a third to train on, doubtful: a list of sentences. Raises InputError where the
+    sets are given the wrong way round."""
+    marked = [sum(is_synthetic(record["path"]) for record in records) for records in (real, fake)]
+    if marked[0] and not marked[1]:
+        raise InputError(f"{marked[0]} of {len(real)} real images say that they are synthetic, and no image of the "
+                         "last set does; the synthetic set is given last")
+    notes = [f"{marked[0]} of {len(real)} real images say that they are synthetic"] if marked[0] else []
+    files = Counter(record["content"] for record in fake)
+    for who, records in (("real", real), ("training", training)):
+        if shared := sum(files[content] for content in {record["content"] for record in records}):
+            notes.append(f"{shared} of {len(fake)} synthetic images are files of the {who} images")
+    return notes
 
 
-def written(value, error):
-    """FDD of a small subgroup has no standard error."""
-    return f"{value:.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:.4f}"
+def format_value(value, error=math.nan):
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.4g} ± {error:.2g}" if math.isfinite(error) else f"{value:.4g}"
+
+
+def report(real, x, fake, y, kinds=(), k=5, subset=None, seed=0, equal=False):
+    """A dict for each group: its name, numbers, measures as {"value", "standard_error"}, and a warning where it is
+    small."""
+    rows, spread = [], "standard_deviation" if subset else "standard_error"
+    for group, of_real, of_fake in grouped(real, fake, kinds):
+        row, size = {"group": group, "real": len(of_real), "synthetic": len(of_fake)}, min(len(of_real), len(of_fake))
+        if size > k or group == "all":
+            measured = compare(x[list(of_real)], y[list(of_fake)], k, subset, seed, equal)
+            row |= {name: {"value": value, spread if name == "KDD" else "standard_error": error}
+                    for name, (value, error) in measured.items()}
+            if size <= x.shape[1]:
+                row["warning"] = f"no more than {x.shape[1]} images, as many as features: FDD is mostly sample size"
+        else:
+            row["warning"] = f"too few: more than {k} of each are needed"
+        rows.append(row)
+    return rows
+
+
+def print_report(rows):
+    print(f"{'':32}{'real':>7}{'synth.':>8}" + "".join(f"{name:>19}" for name in MEASURES))
+    for row in rows:
+        cells = (format_value(*row[name].values()) if name in row else "" for name in MEASURES)
+        line = f"{row['group']:32}{row['real']:7,}{row['synthetic']:8,}" + "".join(f"{cell:>19}" for cell in cells)
+        print(line + (f"   WARNING: {row['warning']}" if "warning" in row else ""))
+
+
+def print_memorisation(table, training, left_out):
+    names = ("least", "1 %", "5 %", "median")
+    print(f"\nDistance to the nearest of {training:,} training images, |difference| / sqrt(D); {left_out:,} real "
+          "images are left out, since their patient or picture is among the training images")
+    print(f"{'':32}{'n':>7}" + "".join(f"{name:>10}" for name in names)
+          + f"{'below the held-out 1 %':>26}   95 % interval")
+    for who, row in table.items():
+        low, high = row["interval"]
+        print(f"{who:32}{row['n']:7,}" + "".join(f"{row[name]:10.4f}" for name in names) + f"{row['below']:26.1%}"
+              f"   {low:.1%} to {high:.1%}")
+    if table["synthetic"]["interval"][0] > table["held-out real"]["interval"][1]:
+        print("More synthetic than held-out images are that near to a training image: look at them for copies.")
+    if table["held-out real"]["n"] < 100:
+        print("Of fewer than 100 held-out images, 1 % is less than one: the bound is the nearest of them.")
+
+
+def load_encoder(folder):
+    try:
+        return raddino.load_encoder(folder).to(cli.pick_device()[0])
+    except InputError as error:
+        raise InputError(f"{error}; --encoder weights/demo/classifier needs no network") from None
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("real", nargs="+", type=Path, help="real images: folders or prepared sources")
-    parser.add_argument("synthetic", type=Path, help="the last folder is the synthetic one")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  python metrics.py data/nih out --split test --encoder weights/demo/classifier
+  python metrics.py data/nih out --split test --by sex label --train data/nih --json out/metrics.json""")
+    parser.add_argument("real", nargs="+", type=Path, help="real images: folders, prepared sources or tables")
+    parser.add_argument("synthetic", type=Path, help="the last one is the synthetic set")
     parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"),
-                        help="Rad-DINO, %(default)s, by default; without a network weights/demo/classifier")
+                        help="%(default)s, or weights/demo/classifier, which needs no network")
     parser.add_argument("--split", choices=SPLITS, help="of the real images")
-    parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="the same for each subgroup or positive label")
-    parser.add_argument("--train", nargs="+", type=Path, default=[], help="what the model was trained on (split train): memorisation")
+    parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="also for each subgroup or positive label")
+    parser.add_argument("--train", nargs="+", type=Path, default=[],
+                        help="what the model was trained on (the split train, or a folder of images): memorisation")
     parser.add_argument("--protocol", choices=("own", "chexgenbench"), default="own")
-    parser.add_argument("--k", type=cli.positive, default=5, help="neighbours of precision, recall, density, coverage")
-    parser.add_argument("--subset", type=cli.positive, help="KDD over 100 random subsets of this size, not over all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="the same figures as a file")
+    parser.add_argument("--k", type=cli.integer(1, 1000), default=5,
+                        help="neighbours of precision, recall, density and coverage; %(default)s")
+    parser.add_argument("--subset", type=cli.integer(2, 10 ** 9),
+                        help="KDD over 100 random subsets of this size, not over all images")
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="of the random parts and subsets")
+    parser.add_argument("--json", type=cli.new_path, metavar="FILE", help="write the same figures as JSON")
     args = parser.parse_args()
-    try:
-        encoder = raddino.load_encoder(args.encoder).to("cuda" if torch.cuda.is_available() else "cpu")
-    except InputError as error:
-        raise InputError(f"{error}; --encoder weights/demo/classifier needs no network") from None
-    name, bench = hub.fingerprint(args.encoder), args.protocol == "chexgenbench"
-
-    def side(folders, split):
-        records, features = [], []
-        for folder in folders:
-            found = listed(folder, split)
-            found = deduplicated(found) if bench else found
-            root = folder if folder.is_dir() else folder.parent
-            if found:
-                features.append(features_of(found, encoder, root / f"features-{name}{'-chexgenbench' * bench}.safetensors", bench))
-            records += found
-        if len(records) < 2:
-            raise InputError(f"{', '.join(map(str, folders))}: {len(records)} images{f' in the split {split}' if split else ''}; "
-                             "at least two are needed")
-        return records, torch.cat(features)
-
-    (real, x), (fake, y) = side(args.real, args.split), side([args.synthetic], None)
-    width = x.shape[1]
-    protocol = {"encoder": str(args.encoder), "encoder_hash": name, "real": len(real), "synthetic": len(fake),
-                "resize": f"{'299x299, then ' * bench}{encoder.config.image_size} bicubic, centre crop", "protocol": args.protocol,
-                "kdd_subset": args.subset or "all", "k": args.k, "seed": args.seed, "precision": "features float32, distances float64"}
-    notes = []
-    if min(len(real), len(fake)) <= width:
-        notes.append(f"fewer images than the {width} features: FDD is dominated by the sample's size")
-    if encoder.config != raddino.EncoderConfig():
-        notes.append("this encoder is not Rad-DINO: not comparable with published figures")
+    encoder, bench = load_encoder(args.encoder), args.protocol == "chexgenbench"
+    fingerprint, choose = hub.fingerprint(args.encoder), deduplicated if bench else list
+    real, x = set_of(args.real, encoder, fingerprint, args.split, bench, choose)
+    fake, y = set_of([args.synthetic], encoder, fingerprint, None, bench, choose)
+    training, z = [], None
+    if args.train:
+        training, z = set_of(args.train, encoder, fingerprint, None, bench, training_images)
+        unseen = held_out(real, x, training, z)
+    notes = warnings_of(real, fake, training)
+    if reason := raddino.why_not_raddino(encoder, args.encoder):
+        notes.append(f"{reason}: not comparable with published figures")
+    if bench:
+        fake = labels_of_prompts(real, fake)
     if bench and not any("prompt" in record for record in real):
         notes.append("no column Prompt: not deduplicated")
-    protocol["warnings"] = notes
-    print("; ".join(f"{key} {value}" for key, value in protocol.items() if key != "warnings") + "".join(f"; WARNING: {n}" for n in notes))
-
-    measures, results = ("FDD", "KDD", "precision", "recall", "density", "coverage"), []
-    print(f"{'':32}{'real':>7}{'synth.':>7}" + "".join(f"{measure:>20}" for measure in measures))
-    for group, rows, columns in grouped(real, fake, args.by):
-        result = {"group": group, "real": len(rows), "synthetic": len(columns)}
-        line = f"{group:32}{len(rows):7,}{len(columns):7,}"
-        if min(len(rows), len(columns)) > args.k or group == "all":
-            result |= compare(x[list(rows)], y[list(columns)], args.k, args.subset, args.seed, bench)
-            print(line + "".join(f"{written(*result[measure]):>20}" for measure in measures))
-        else:
-            print(line + f"   too few: more than {args.k} of each are needed")
-        results.append(result)
-    report = {"protocol": protocol, "results": results}
-    if args.train:
-        training, z = side(args.train, "train")
-        report["memorisation"] = memorisation(x, y, z)
-        print(f"\nDistance to the nearest of {len(training):,} training images, |difference| / sqrt({width})")
-        print(f"{'':32}" + "".join(f"{name:>10}" for name in ("least", "1 %", "5 %", "median")) + f"{'below the held-out 1 %':>26}")
-        for who, row in report["memorisation"].items():
-            print(f"{who:32}" + "".join(f"{row[q]:10.4f}" for q in ("least", "1 %", "5 %", "median")) + f"{row['below']:26.1%}")
+    resize = f"{'299x299, then ' if bench else ''}{encoder.config.resize} bicubic, centre crop {encoder.config.crop}"
+    protocol = {"encoder": str(args.encoder), "encoder_hash": fingerprint, "real": len(real), "synthetic": len(fake),
+                "resize": resize, "protocol": args.protocol, "kdd_subset": args.subset or "all", "k": args.k,
+                "seed": args.seed, "precision": "features float32, distances float64", "warnings": notes}
+    print("; ".join(f"{key} {value}" for key, value in protocol.items() if key != "warnings"))
+    for note in notes:
+        print(f"WARNING: {note}")
+    rows = report(real, x, fake, y, args.by, args.k, args.subset, args.seed, bench)
+    print_report(rows)
+    result = {"protocol": protocol, "results": rows}
+    if training:
+        result["held_out"] = {"real": len(unseen), "left_out": len(real) - len(unseen)}
+        result["memorisation"] = memorisation(x[unseen], y, z)
+        print_memorisation(result["memorisation"], len(training), len(real) - len(unseen))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        cli.write_json(args.json, report)
+        cli.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,6 @@ def evaluate(model, images, encoder=None, batch=16):
             seen.append([encoder(to_encoder_input(encoder, z))[0].cpu() for z in (x, y)])            # N D each
     scores = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
     if encoder:
-        real, returned = (metrics.moments(torch.cat(side)) for side in zip(*seen))
+        real, returned = (metrics.mean_and_covariance(torch.cat(side)) for side in zip(*seen))
         scores["fdd"] = torch.tensor(metrics.frechet(*real, *returned))
     return scores

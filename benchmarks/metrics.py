@@ -47,7 +47,7 @@ def peer_prdc(x, y):
 
 
 def both_moments(x, y):
-    return *metrics.moments(x), *metrics.moments(y)
+    return *metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y)
 
 
 def features(x, y):

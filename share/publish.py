@@ -33,9 +33,11 @@ def data_section(covered):
 
 
 def written(value):
-    """A figure of metrics.py: a number, or (value, standard error)."""
+    """A figure of metrics.py: a number, a list of them, or {"value", "standard_error"}."""
     if isinstance(value, list):
-        return " ± ".join(written(part) for part in value if part is not None)
+        return " to ".join(written(part) for part in value)
+    if isinstance(value, dict):
+        return " ± ".join(written(part) for part in value.values() if part is not None) or "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -44,7 +46,7 @@ def metrics_section(report):
     try:
         protocol = "; ".join(f"{key} {value}" for key, value in report["protocol"].items() if key != "warnings")
         warnings = "".join(f" Warning: {note}." for note in report["protocol"]["warnings"])
-        names = list(report["results"][0])                           # group, real, synthetic, FDD, KDD, ...
+        names = [name for name in report["results"][0] if name != "warning"]  # group, real, synthetic, FDD, KDD, ...
         text = table(names, [[written(row.get(name, "too few")) for name in names] for row in report["results"]])
         if copies := report.get("memorisation"):
             text += "\n\nDistance to the nearest training image; `below` is the share below what 1 % of held-out images lie below.\n\n"

@@ -15,7 +15,8 @@ from radiographs import fields
 from share import publish
 
 REPORT = {"protocol": {"encoder": "microsoft/rad-dino", "k": 5, "warnings": ["few images"]},
-          "results": [{"group": "all", "real": 50, "synthetic": 60, "FDD": [9.12789, 0.5], "KDD": [0.05, None]},
+          "results": [{"group": "all", "real": 50, "synthetic": 60, "FDD": {"value": 9.12789, "standard_error": 0.5},
+                       "KDD": {"value": 0.05, "standard_error": None}},
                       {"group": "sex=male", "real": 2, "synthetic": 3}],
           "memorisation": {"synthetic": {"least": 0.1, "below": 0.02}}}
 
