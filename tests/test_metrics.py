@@ -100,9 +100,9 @@ def test_frechet_at_infinity_at_this_number_and_its_spread():
     above it, real/real is what fresh real images have against the real ones, and the standard errors are those of the
     repetitions."""
     rng, results = torch.Generator().manual_seed(0), []
-    for seed in range(40):
-        x, y, fresh = torch.randn(200, 12, generator=rng), torch.randn(120, 12, generator=rng) * 1.2, \
-            torch.randn(120, 12, generator=rng)
+    for seed in range(80):
+        x, y, fresh = (torch.randn(n, 12, generator=rng) for n in (200, 120, 120))
+        y *= 1.2
         y[:, 0] += 0.5
         found = metrics.frechet_distances(x, y, seed)
         control = metrics.frechet(*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(fresh))
@@ -110,8 +110,8 @@ def test_frechet_at_infinity_at_this_number_and_its_spread():
     fdd, error, limit, limit_error, floor, control = np.array(results).T
     true = 0.5 ** 2 + 12 * 0.2 ** 2
     assert fdd.mean() > 1.25 * true and limit.mean() == pytest.approx(true, rel=0.06)
-    assert error.mean() == pytest.approx(fdd.std(), rel=0.25)
-    assert limit_error.mean() == pytest.approx(limit.std(), rel=0.25)
+    assert error.mean() == pytest.approx(fdd.std(), rel=0.3)
+    assert limit_error.mean() == pytest.approx(limit.std(), rel=0.3)
     assert floor.mean() == pytest.approx(control.mean(), rel=0.06)
 
 
