@@ -1,0 +1,188 @@
+"""What every command shares: values of options, files written whole, locked folders, exit statuses, threads."""
+import argparse
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+from conftest import ROOT
+
+import flow
+from common import cli
+from common.cli import InputError, RunError
+
+
+# --- values of options ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, value", [("1", 1), ("10", 10), ("007", 7), ("-3", -3)])
+def test_whole_numbers(text, value):
+    assert cli.integer(-5, 10)(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.0", "1e1", "1_0", " 1", "١", "²", "--1", "11", "-6", "9" * 5000, "nan"])
+def test_what_is_no_whole_number_in_the_range_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from -5 to 10"):
+        cli.integer(-5, 10)(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "1.5", "1e999", "-0.1", "0,5"])
+def test_what_is_no_number_in_the_range_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 1"):
+        cli.number(0, 1)(text)
+
+
+def test_numbers_and_paths():
+    assert cli.number(0, 1)("0.25") == 0.25 and cli.number(0, 1)("1e-3") == 0.001
+    with pytest.raises(argparse.ArgumentTypeError, match="an empty path"):
+        cli.new_path(" ")
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/a.txt"
+    with cli.whole_file(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(RuntimeError), cli.whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("stopped")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+def test_links_devices_and_folders_are_not_written_over(tmp_path):
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "folder", tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(InputError, match="neither a new name nor a regular file"):
+            cli.write_text(path, "x")
+    assert (tmp_path / "target").read_text() == "kept" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "a.json.tmp").symlink_to("target")
+    cli.write_json(tmp_path / "a.json", {"x": 1})
+    assert (tmp_path / "target").read_text() == "kept" and cli.read_json(tmp_path / "a.json") == {"x": 1}
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as caught, cli.whole_file(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())
+
+
+def test_json_has_no_nan(tmp_path):
+    cli.write_json(tmp_path / "a.json", {"a": [1.5, float("nan")], "b": (float("inf"), "x")})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None], "b": [None, "x"]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{half", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 5000, b"3", b"[1]", b"null"])
+def test_json_that_is_not_what_is_needed_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match="a.json: (not JSON|holds)"):
+        cli.read_json(tmp_path / "a.json")
+
+
+def test_a_folder_is_held_by_one_process_and_free_when_it_dies(tmp_path):
+    code = f"from common import cli\nwith cli.locked({str(tmp_path / 'out')!r}):\n    print('held', flush=True)\n    input()"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another command is filling this folder"), cli.locked(tmp_path / "out"):
+        pass
+    other.kill()
+    other.wait()
+    with cli.locked(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
+    with cli.locked(tmp_path / "out"):                               # and when a block ends
+        pass
+
+
+def test_new_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [str(cli.new_folder("sample")) for _ in range(3)]
+    assert made == ["out/sample-1", "out/sample-2", "out/sample-3"] and all((tmp_path / path).is_dir() for path in made)
+
+
+# --- exit statuses --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, status, text", [
+    (InputError("--n 0: no"), 2, "--n 0: no"), (RunError("no image is usable"), 1, "no image is usable"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a"), 2, "a: No such file"),
+    (FileExistsError(errno.EEXIST, "File exists", "a"), 2, "a: File exists"),
+    (OSError(errno.ENOSPC, "No space left on device", "a"), 1, "a: No space left on device"),
+    (safetensors.SafetensorError("cut short"), 1, "cut short"),
+    (torch.OutOfMemoryError("tried to allocate 3 GiB"), 1, "out of memory: tried to allocate 3 GiB")])
+def test_what_a_user_can_cause_is_one_line_and_a_status(monkeypatch, capsys, error, status, text):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == status and capsys.readouterr().err == f"sample.py: error: {text}\n"
+
+
+def test_a_command_that_is_a_folder_is_named_as_it_is_called(command):
+    status, _, errors = command("causal", "graph", "--no-such-option")
+    assert status == 2 and errors.startswith("python -m causal: error: ") and len(errors.splitlines()) == 1
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    def main():
+        raise KeyError("a mistake in the code")
+
+    with pytest.raises(KeyError):
+        cli.run(main)
+
+
+# --- where to compute -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("idle, threads", [(4, 4), (3.6, 4), (2.4, 2), (0.3, 1), (0, 1)])
+def test_as_many_threads_as_cores_are_idle(monkeypatch, capsys, idle, threads):
+    clock, set_to = iter([100, 100 + idle * 0.2]), [4]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cli, "idle_seconds", lambda: next(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    cli.use_idle_cores()
+    assert set_to[-1] == threads
+    assert ("of 4 threads" in capsys.readouterr().err) == (threads < 4)
+
+
+def test_the_user_s_number_of_threads_stays(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
+    cli.use_idle_cores()
+
+
+def test_idle_seconds_are_the_idle_column_of_the_cores_this_process_may_use(monkeypatch):
+    text = "cpu 1 1 1 600 1\ncpu0 1 1 1 100 1\ncpu1 1 1 1 200 1\ncpu2 1 1 1 300 1\nintr 5\n"
+    monkeypatch.setattr(cli.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2})
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    assert cli.idle_seconds() == 4
+
+
+def test_an_apple_gpu_is_taken_and_computes_in_float32(monkeypatch):
+    """No such GPU here: what can be tested is the choice, and that nothing in float64 is sent to it, which it cannot hold."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device, bf16 = cli.pick_device()
+    assert device.type == "mps" and not bf16
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):  # as sample.py and train.py write it
+        pass
+
+    def velocity(x, t):
+        assert x.dtype == torch.float32
+        return x * float(t)
+
+    assert flow.integrate(velocity, torch.ones(1, 1, 2, 2), flow.time_grid(3, 1.0), "heun")[0].dtype == torch.float32
