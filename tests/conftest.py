@@ -30,7 +30,8 @@ class Command:
     depends on a fresh process (environment variables read at import, signals, torchrun) is run by `command.subprocess`.
     """
     def __call__(self, name, *arguments, cwd=None):
-        module = importlib.import_module(name.removesuffix(".py") if name.endswith(".py") else f"{name}.__main__")
+        module = name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else f"{name}.__main__"
+        module = importlib.import_module(module)
         output, errors, status = io.StringIO(), io.StringIO(), 0
         threads, random_state = torch.get_num_threads(), torch.random.get_rng_state()
         before, sys.argv = sys.argv, list(map(str, [module.__file__, *arguments]))
