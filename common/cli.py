@@ -1,7 +1,7 @@
-"""What every command here shares: errors in one line, files whole or not at all, folders locked while they are filled, the
-device.
+"""What every command shares: errors in one line, files written whole or not at all, folders locked while they are
+filled, the device.
 
-Exit status: 0 when something was done, 2 for bad usage (InputError), 1 for a run that failed (RunError, or a full disk).
+Exit status: 0 when something was done, 2 for bad usage (InputError), 1 for a run that failed (RunError, a full disk).
 """
 import argparse
 import contextlib
@@ -103,8 +103,8 @@ def new_path(text):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A temporary name to write to, which becomes `path` when the block ends without an error, and goes otherwise. Makes the
-    folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
+    """A temporary name to write to, which becomes `path` when the block ends without an error and is deleted otherwise.
+    Makes the folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise InputError(f"{path}: neither a new name nor a regular file, so it is not written over")
@@ -156,8 +156,8 @@ def write_csv(path, header, rows):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes `folder` and holds it for this process: two commands that filled one folder would mix their files. The system
-    releases the lock when the process ends, however it ends. No file is left behind: the folder itself is locked."""
+    """Makes `folder` and holds it for this process: two commands that filled one folder would mix their files. The
+    system releases the lock when the process ends, however it ends. No file is left behind: the folder is locked."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -165,7 +165,7 @@ def locked(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise InputError(f"{folder}: another command is filling this folder; wait for it, or name another folder") from None
+        raise InputError(f"{folder}: another command is filling this folder; wait, or name another folder") from None
     try:
         yield folder
     finally:
@@ -203,7 +203,7 @@ def pick_device():
 @functools.cache  # once: threads that change during a training would change its rounding
 def use_idle_cores():
     """As many threads as cores are idle, at least one. The threads of a matrix product wait for the slowest of them: on
-    cores that others keep busy, two take longer than one. OMP_NUM_THREADS overrides it; only Linux tells (/proc/stat)."""
+    cores that others keep busy, two take longer than one. OMP_NUM_THREADS overrides it. Only Linux has /proc/stat."""
     if "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists():
         return
     before, seconds = idle_seconds(), 0.2
@@ -216,7 +216,7 @@ def use_idle_cores():
 
 
 def idle_seconds():
-    """For how many seconds, summed over the cores that this process may use, nothing has run since the system started."""
+    """For how many seconds nothing has run since the system started, summed over the cores this process may use."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     return sum(int(line[4]) for line in lines if line[0] in cores) / os.sysconf("SC_CLK_TCK")

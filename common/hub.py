@@ -4,9 +4,10 @@ Loading is strict: an unknown key in the config or a missing one, a missing, ext
 not finite, a truncated file is one clear line (InputError), never a partly loaded model. Only keys whose default is
 empty may be missing: weights older than the field say nothing of it. Weights are stored in bfloat16 and run in float32.
 
-Wherever a folder is read, a repository on the Hugging Face Hub may stand: ORG/NAME or ORG/NAME@REVISION (a branch, a tag
-or a commit). Its files are downloaded once, an interrupted download is continued, and from then on they come from
-huggingface_hub's cache, without a network, and ORG/NAME/FOLDER names a folder in it. HF_HUB_OFFLINE=1 downloads nothing.
+Wherever a folder is read, a repository on the Hugging Face Hub may stand: ORG/NAME or ORG/NAME@REVISION (a branch, a
+tag or a commit). Its files are downloaded once; an interrupted download is continued. From then on they come from
+huggingface_hub's cache, without a network, and ORG/NAME/FOLDER names a folder of it. With HF_HUB_OFFLINE=1 nothing is
+downloaded.
 """
 import dataclasses
 import hashlib
@@ -22,13 +23,13 @@ from common.cli import InputError, read_json, whole_file, write_json
 
 
 def find(place, *names):
-    """The local path of the first of `names` that the folder `place` holds, here or on the Hub; None if it holds none."""
+    """The local path of the first of `names` that the folder `place` holds, here or on the Hub; None without any."""
     place = Path(place)
     for name in names:
         if (place / name).is_file():
             return place / name
-    # A name on the Hub has two parts. A path whose first folder is here is a path with an error in it, and so is a longer
-    # one, unless it continues the name of a repository that was downloaded before: such paths are not looked for there.
+    # A name on the Hub has two parts. A path whose first folder is here is a path with a mistake in it, and so is a
+    # longer one, unless it continues the name of a repository that was downloaded before. Neither is looked for there.
     if len(place.parts) < 2 or Path(place.parts[0]).exists():
         return None
     repository, _, revision = "/".join(place.parts[:2]).partition("@")
@@ -38,11 +39,13 @@ def find(place, *names):
     for name in names:
         file = "/".join([*place.parts[2:], name])
         try:
-            cached = huggingface_hub.try_to_load_from_cache(repository, file, **at)  # a path, None, or "known to be absent"
+            # A path, None, or an object that says that the repository is known not to hold the file.
+            cached = huggingface_hub.try_to_load_from_cache(repository, file, **at)
             if isinstance(cached, str):
                 return Path(cached)
             if cached is None:
-                huggingface_hub.file_exists(repository, file, **at)  # fails at once without a network, a download after many tries
+                # Without a network this fails at once; a download would try many times.
+                huggingface_hub.file_exists(repository, file, **at)
                 return Path(huggingface_hub.hf_hub_download(repository, file, **at))
         except huggingface_hub.errors.RemoteEntryNotFoundError:
             pass  # on to the next name
@@ -91,7 +94,7 @@ def load_model(build, config_class, folder):
         config = config_class(**values)
         with torch.device("meta"):                                   # shapes only: no memory before the file fits
             expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
-    except Exception as error:  # what a layer raises for a width of 0 or a list where a number belongs is its own affair
+    except Exception as error:  # layers raise errors of many kinds for a width of 0, or a list in a number's place
         raise InputError(f"{config_file}: {' '.join(str(error).split())[:300]}") from None
     try:
         with safetensors.safe_open(weights, "pt") as file:

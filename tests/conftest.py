@@ -23,8 +23,17 @@ import phantom
 from common import cli
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whatever needs the trained phantom model waits minutes for its training."""
+    for item in items:
+        if "phantom_weights" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 class Command:
-    """Runs `python FILE.py ARGUMENTS...` of the project, or `python -m FOLDER ARGUMENTS...`; returns (status, output, errors).
+    """Runs `python FILE.py ARGUMENTS...` of the project, or `python -m FOLDER ARGUMENTS...`; returns (status, output,
+    errors).
 
     Called directly it runs in this process, because starting Python and importing torch takes four seconds. Whatever
     depends on a fresh process (environment variables read at import, signals, torchrun) is run by `command.subprocess`.
@@ -36,7 +45,8 @@ class Command:
         threads, random_state = torch.get_num_threads(), torch.random.get_rng_state()
         before, sys.argv = sys.argv, list(map(str, [module.__file__, *arguments]))
         try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.chdir(cwd or os.getcwd()):
+            with (contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
+                  contextlib.chdir(cwd or os.getcwd())):
                 try:
                     cli.run(module.main)
                 except SystemExit as stop:
@@ -73,9 +83,10 @@ def phantoms(tmp_path_factory):
 def phantom_weights(phantoms, tmp_path_factory):
     """XS trained on phantoms in pixel space, about a minute and a half on two cores."""
     run = tmp_path_factory.mktemp("phantom-run")
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels", "--patch", "8", "--size", "XS",
-                    "--images", "32000", "--batch", "32", "--lr", "2e-3", "--warmup", "3000", "--ema", "5000", "--log-every", "250",
-                    "--save-every", "1000", "--no-compile", "--out", str(run)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels",
+                    "--patch", "8", "--size", "XS", "--images", "32000", "--batch", "32", "--lr", "2e-3",
+                    "--warmup", "3000", "--ema", "5000", "--log-every", "250", "--save-every", "1000", "--no-compile",
+                    "--out", str(run)], check=True)
     return run / "weights"
 
 

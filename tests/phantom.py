@@ -1,4 +1,5 @@
-"""Radiographs drawn by rule: body, lungs, heart, ribs, diaphragm, fluid and a device, whose size and place follow the metadata.
+"""Simulated radiographs: body, lungs, heart, ribs, diaphragm, fluid and a device, whose size and place follow the
+metadata by a fixed rule.
 
     age            10 to 90 years: the body's half-width is 0.28 + 0.002 age of the image's side
     cardiomegaly   positive: the heart's half-width is 0.55 of the body's; negative: 0.25
@@ -44,8 +45,8 @@ def draw(record, rng):
 
 
 def measure(image):
-    """Half-width of the body in image sides, that of the heart as a share of the body's, the fluid's height in image sides
-    (of what can be told from the diaphragm: it counts down to y = 0.16), and the device's brightness left and right."""
+    """Half-width of the body in image sides, that of the heart as a share of the body's, the fluid's height in image
+    sides (of what can be told from the diaphragm: it counts down to y = 0.16), and how bright the device is."""
     rows = image[int(SIDE * 0.85):].mean(0)                           # below the diaphragm: body only
     body = np.flatnonzero(rows > 0.3)
     heart = np.flatnonzero(image[int(SIDE * 0.58):int(SIDE * 0.66)].mean(0) > 0.57)  # fluid is darker
@@ -53,16 +54,19 @@ def measure(image):
     heart = heart[np.abs(heart - center) < len(body) * 0.45]          # not the body's own edge
     corner = image[int(SIDE * 0.1):int(SIDE * 0.3)]
     half = len(body) / 2
-    lungs = image[:, [int(round(center + side * half * 0.72)) for side in (-1, 1)]].mean(1)  # between heart and ribs' end
+    between = [int(round(center + side * half * 0.72)) for side in (-1, 1)]  # heart and ribs' end
+    lungs = image[:, between].mean(1)
     fluid = lungs[int(np.ceil(0.3 * (SIDE - 1))):int(0.66 * (SIDE - 1)) + 1] > 0.36  # y from -0.2 to 0.16
     left, right = (corner[:, int(round(center + side * half * 0.6))] for side in (-1, 1))
-    return {"body": len(body) / 2 / SIDE, "heart": len(heart) / len(body), "fluid": fluid.mean() * 0.36, "left": left.max(), "right": right.max()}
+    return {"body": len(body) / 2 / SIDE, "heart": len(heart) / len(body), "fluid": fluid.mean() * 0.36,
+            "left": left.max(), "right": right.max()}
 
 
 def random_record(rng):
     positive = {True: "positive", False: "negative"}
     return {"dataset": "phantom", "age": float(rng.randint(10, 90)), "sex": rng.choice(["female", "male"]),
-            **{field: positive[rng.random() < 0.5] for field in ("cardiomegaly", "support_devices", "pleural_effusion")}}
+            **{field: positive[rng.random() < 0.5]
+               for field in ("cardiomegaly", "support_devices", "pleural_effusion")}}
 
 
 def write_source(root, count, seed=0):

@@ -85,7 +85,8 @@ def test_json_has_no_nan(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None], "b": [None, "x"]}
 
 
-@pytest.mark.parametrize("content", [b"", b"{half", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 5000, b"3", b"[1]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{half", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 5000, b"3", b"[1]",
+                                     b"null"])
 def test_json_that_is_not_what_is_needed_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match="a.json: (not JSON|holds)"):
@@ -93,8 +94,14 @@ def test_json_that_is_not_what_is_needed_is_refused_by_name(tmp_path, content):
 
 
 def test_a_folder_is_held_by_one_process_and_free_when_it_dies(tmp_path):
-    code = f"from common import cli\nwith cli.locked({str(tmp_path / 'out')!r}):\n    print('held', flush=True)\n    input()"
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = f"""
+from common import cli
+with cli.locked({str(tmp_path / 'out')!r}):
+    print('held', flush=True)
+    input()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="another command is filling this folder"), cli.locked(tmp_path / "out"):
         pass
@@ -173,7 +180,7 @@ def test_idle_seconds_are_the_idle_column_of_the_cores_this_process_may_use(monk
 
 
 def test_an_apple_gpu_is_taken_and_computes_in_float32(monkeypatch):
-    """No such GPU here: what can be tested is the choice, and that nothing in float64 is sent to it, which it cannot hold."""
+    """What can be tested without one: the choice, and that nothing in float64 is sent to it, which it cannot hold."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device, bf16 = cli.pick_device()

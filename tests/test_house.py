@@ -23,7 +23,7 @@ def room_of(path):
 
 
 def imports(tree):
-    """The modules that a file's syntax tree imports, with the node of each: "common.cli" for `from common import cli`."""
+    """The modules that a file's syntax tree imports, `from common import cli` as "common.cli", and their nodes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)

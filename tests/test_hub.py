@@ -175,7 +175,8 @@ def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path
     server.server_close()
     assert evaluate("org/flux-small")[:2] == (0, expected)           # without a network
     status, _, errors = evaluate("org/other")
-    assert status == 2 and len(errors.splitlines()) == 1 and "org/other: no such folder here, and not to be had" in errors
+    assert status == 2 and len(errors.splitlines()) == 1
+    assert "org/other: no such folder here, and not to be had" in errors
 
 
 def test_a_mistake_in_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -187,9 +188,10 @@ def test_a_mistake_in_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch)
     monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *args, **at: "/".join(args))
     assert hub.find("runs/vae", "a", "b") == Path("runs/vae/b")
     monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae", "run/vae/weights/vae", "org/name/radit"):
+    for place in ("runs/vea", "nowhere", tmp_path / "vea", "../vea", "runs/vae", "run/vae/weights/vae",
+                  "org/name/radit"):
         assert hub.find(place, "a") is None and not asked
-    (tmp_path / "cache/models--org--name").mkdir(parents=True)       # downloaded before: now its folders may be asked for
+    (tmp_path / "cache/models--org--name").mkdir(parents=True)       # downloaded before: now its folders can be named
     assert hub.find("org/name/radit", "a") == Path("org/name/radit/a") and asked == [("org/name", "radit/a", None)]
     assert hub.find("org/name@v1/radit", "a") and asked[1] == ("org/name", "radit/a", "v1")
 
@@ -197,7 +199,7 @@ def test_a_mistake_in_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch)
 LOAD = """
 import sys, huggingface_hub.constants, vae
 from common import cli, hub
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096     # what it keeps of a broken download are whole chunks, of 10 MiB else
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096     # of a broken download it keeps whole chunks, usually of 10 MiB
 for place in sys.argv[1:]:
     try:
         model = hub.load_model(vae.RadVAE, vae.VAEConfig, place)
@@ -226,8 +228,8 @@ def test_revisions_resumed_downloads_and_what_can_be_wrong(tmp_path, hub_server)
     (root / "missing/model.safetensors").unlink()
     edit_config(root / "wrong", colour="blue")
     drops["model.safetensors"] = 1                                   # the first download of the first model breaks off
-    lines, errors = load_all("org/good", "org/good@v1", "org/good@v2", "org/cut", "org/missing", "org/wrong", "org/none",
-                             TQDM_POSITION="-1")
+    lines, errors = load_all("org/good", "org/good@v1", "org/good@v2", "org/cut", "org/missing", "org/wrong",
+                             "org/none", TQDM_POSITION="-1")
     assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")] and len(lines) == 7
     half = (root / "good/model.safetensors").stat().st_size // 2
     assert f"GET model.safetensors bytes={half // 4096 * 4096}-" in requests
@@ -238,5 +240,6 @@ def test_revisions_resumed_downloads_and_what_can_be_wrong(tmp_path, hub_server)
     assert "colour" in lines[5] and "unknown or missing" in lines[5] and "org/none: no such folder here" in lines[6]
     seen = len(requests)
     lines, _ = load_all("org/good", "org/good@v1", "org/other", HF_HUB_OFFLINE="1")
-    assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")] and len(requests) == seen
+    assert lines[:2] == [f"{hub.fingerprint(root / name)} (4, 8)" for name in ("good", "good@v1")]
+    assert len(requests) == seen
     assert "org/other: no such folder here" in lines[2] and "offline" in lines[2].lower() and len(lines) == 3

@@ -92,7 +92,9 @@ class Peak(TorchDispatchMode):
         result = operation(*arguments, **(options or {}))
         for tensor in result if isinstance(result, (list, tuple)) else [result]:
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.live and storage._cdata not in self.weights:  # no view
+            if storage is None or storage._cdata in self.weights:
+                continue
+            if storage._cdata not in self.live:                      # no view of another tensor
                 self.live[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
         self.most = max(self.most, sum(self.live.values()))
@@ -108,7 +110,7 @@ def test_the_batch_that_fits_is_estimated_from_what_a_forward_pass_holds(monkeyp
     gpu, memory = torch.device("cuda"), 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
     for batch in (1, 2, 8, 64):
-        memory = 2 * batch * 2 * peak.most / 4                         # half of it would hold two branches of `batch` images
+        memory = 2 * batch * 2 * peak.most / 4                       # half of it holds two branches of `batch` images
         assert sample.fitting_batch(cfg, gpu) in (batch, max(batch // 2, 1))
     memory = 0
     assert sample.fitting_batch(cfg, gpu) == 1
@@ -118,8 +120,9 @@ def test_the_batch_that_fits_is_estimated_from_what_a_forward_pass_holds(monkeyp
 
 
 def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, command):
-    status, output, errors = command("sample.py", "--weights", weights, "--n", 3, "--steps", 2, "--seed", 40, "--age", 44,
-                                     "--sex", "F", "--set", "pneumonia=positive", "--out", tmp_path / "out")
+    status, output, errors = command("sample.py", "--weights", weights, "--n", 3, "--steps", 2, "--seed", 40,
+                                     "--age", 44, "--sex", "F", "--set", "pneumonia=positive",
+                                     "--out", tmp_path / "out")
     assert status == 0, errors
     assert "2/2" in errors and "3 images" in output                  # the progress bar, and the summary
     rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
@@ -143,8 +146,8 @@ def test_with_nothing_asked_each_image_takes_an_example(weights, tmp_path, comma
 
 def test_a_table_is_sampled_row_by_row_and_the_folder_is_a_prepared_source(weights, tmp_path, command):
     cli.write_csv(tmp_path / "table.csv", ["age", "sex"], [[31, "male"], [32, "female"], [33, "male"]])
-    status, output, errors = command("sample.py", "--weights", weights, "--metadata", tmp_path / "table.csv", "--steps", 1,
-                                     "--view", "PA", "--out", tmp_path / "out")
+    status, output, errors = command("sample.py", "--weights", weights, "--metadata", tmp_path / "table.csv",
+                                     "--steps", 1, "--view", "PA", "--out", tmp_path / "out")
     assert status == 0, errors
     found = read_index(tmp_path / "out")
     assert [(r["age"], r["sex"]) for r in found] == [(31, "male"), (32, "female"), (33, "male")]
@@ -153,11 +156,13 @@ def test_a_table_is_sampled_row_by_row_and_the_folder_is_a_prepared_source(weigh
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--steps", "-1"], "--steps: '-1' is not a whole number from 1 to 1,000"), (["--n", "0"], "'0' is not a whole number"),
+    (["--steps", "-1"], "--steps: '-1' is not a whole number from 1 to 1,000"),
+    (["--n", "0"], "'0' is not a whole number"),
     (["--n", "99999999999999999999"], "from 1 to 1,000,000"), (["--batch", "99999999999999999999"], "from 1 to 4,096"),
-    (["--seed", "-1"], "--seed: '-1' is not a whole number from 0"), (["--seed", str(2 ** 63)], "is not a whole number"),
+    (["--seed", "-1"], "--seed: '-1' is not a whole number from 0"), (["--seed", str(2 ** 63)], "not a whole number"),
     (["--steps", "many"], "--steps: 'many' is not a whole number"), (["--solver", "rk4"], "'euler', 'heun'"),
-    (["--guidance", "nan"], "--guidance: 'nan' is not a number from -100 to 100"), (["--guidance", "1e38"], "from -100"),
+    (["--guidance", "nan"], "--guidance: 'nan' is not a number from -100 to 100"),
+    (["--guidance", "1e38"], "from -100 to 100"),
     (["--guidance", "1", "--guidance-interval", "0", ".5"], "--guidance 1 is off"),
     (["--sex", ""], "--sex is empty"), (["--out", ""], "an empty path"), (["--set", "sex="], "no value for sex"),
     (["--set", ""], "not of the form FIELD=VALUE"), (["--sex", "male", "--set", "sex=female"], "sex is given twice"),
@@ -180,7 +185,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(weights, tmp_path, command
 
 def test_broken_weights_are_refused(weights, tmp_path, command):
     def attempt():
-        status, _, errors = command("sample.py", "--weights", tmp_path / "w", "--n", 1, "--steps", 1, "--out", tmp_path / "out")
+        status, _, errors = command("sample.py", "--weights", tmp_path / "w", "--n", 1, "--steps", 1,
+                                    "--out", tmp_path / "out")
         assert status == 2 and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
         return errors
 
@@ -198,7 +204,8 @@ def test_broken_weights_are_refused(weights, tmp_path, command):
 
 def test_only_covered_values_pass():
     covered = {"sex": {"male": 3}, "age": [20, 80]}
-    assert fields.why_not_covered("sex", "male", covered) is None and fields.why_not_covered("age", 80.0, covered) is None
+    assert fields.why_not_covered("sex", "male", covered) is None
+    assert fields.why_not_covered("age", 80.0, covered) is None
     assert "sex=female was not covered" in fields.why_not_covered("sex", "female", covered)
     assert "age 19 was not covered" in fields.why_not_covered("age", 19.0, covered)
     assert "says nothing of view" in fields.why_not_covered("view", "PA", covered)
@@ -219,7 +226,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(weights, tmp_path, monke
     model, decoder = sample.load_weights(weights)
     assert sample.sample_folder(tmp_path / "a", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (10, 2)
     expected = contents(tmp_path / "a")
-    assert {"images/0009.png", "dicom/0009.dcm", "index.csv", "metadata.csv", "grid.png"} < set(expected) and len(expected) == 24
+    assert {"images/0009.png", "dicom/0009.dcm", "index.csv", "metadata.csv", "grid.png"} < set(expected)
+    assert len(expected) == 24
     generate, calls = sample.generate, []
 
     def stopped(*arguments, **options):
@@ -236,14 +244,16 @@ def test_an_interrupted_run_continues_to_the_same_bytes(weights, tmp_path, monke
     assert sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (7, 2)
     assert calls[2:] == [SEEDS[:4], SEEDS[4:8], SEEDS[8:]]           # whole batches, at the same places
     assert contents(tmp_path / "b") == expected
-    assert sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True) == (0, 2) and len(calls) == 5
+    again = sample.sample_folder(tmp_path / "b", model, decoder, RECORDS, SEEDS, SETTINGS, 4, as_dicom=True)
+    assert again == (0, 2) and len(calls) == 5
 
 
 def test_two_processes_give_the_images_of_one(weights, tmp_path):
-    """As torchrun would start them, each with its rank; the second starts first, and waits until the first has looked."""
+    """As torchrun would start them, each with its rank; the second starts first and waits for the first."""
     models = [sample.load_weights(weights) for _ in range(2)]
     sample.sample_folder(tmp_path / "one", *models[0], RECORDS, SEEDS, SETTINGS, 3)
-    second = threading.Thread(target=sample.sample_folder, args=(tmp_path / "two", *models[1], RECORDS, SEEDS, SETTINGS, 3, False, 1, 2))
+    arguments = (tmp_path / "two", *models[1], RECORDS, SEEDS, SETTINGS, 3, False, 1, 2)
+    second = threading.Thread(target=sample.sample_folder, args=arguments)
     second.start()
     sample.sample_folder(tmp_path / "two", *models[0], RECORDS, SEEDS, SETTINGS, 3, False, 0, 2)
     second.join()
@@ -254,8 +264,9 @@ def test_pictures_of_another_command_are_never_mixed_in(weights, tmp_path):
     model, decoder = sample.load_weights(weights)
     sample.sample_folder(tmp_path / "a", model, decoder, RECORDS, SEEDS, SETTINGS)
     before = contents(tmp_path / "a")
-    for records, seeds, settings, key in ((RECORDS[:5], SEEDS[:5], SETTINGS, "images = 10, not 5"), (RECORDS[::-1], SEEDS, SETTINGS, "other metadata or seeds"),
-                                     (RECORDS, SEEDS, SETTINGS | {"steps": 3}, "steps = 2, not 3")):
+    for records, seeds, settings, key in ((RECORDS[:5], SEEDS[:5], SETTINGS, "images = 10, not 5"),
+                                          (RECORDS[::-1], SEEDS, SETTINGS, "other metadata or seeds"),
+                                          (RECORDS, SEEDS, SETTINGS | {"steps": 3}, "steps = 2, not 3")):
         with pytest.raises(cli.InputError, match=key):
             sample.sample_folder(tmp_path / "a", model, decoder, records, seeds, settings)
     assert contents(tmp_path / "a") == before
@@ -265,7 +276,8 @@ def test_pictures_of_another_command_are_never_mixed_in(weights, tmp_path):
 
 
 def main(monkeypatch, weights, out, *arguments):
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--weights", str(weights), "--steps", "1", "--out", str(out), *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--weights", str(weights), "--steps", "1", "--out", str(out),
+                                      *map(str, arguments)])
     sample.main()
     return list(csv.DictReader(open(out / "metadata.csv")))
 
@@ -286,8 +298,9 @@ def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     assert text["Interval"] == "[0.1, 0.8]" and text["Precision"] == "bfloat16" and text["Steps"] == "4"
     with pytest.raises(cli.InputError, match="precision = bfloat16, not float32"):
         main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--no-bf16")
+    message = "--guidance-interval .*: not two times from 0 to 1, the lower one first"
     for interval in ((0.8, 0.1), ("nan", 1), (0, 1.5)):
-        with pytest.raises(cli.InputError, match="--guidance-interval .*: not two times from 0 to 1, the lower one first"):
+        with pytest.raises(cli.InputError, match=message):
             main(monkeypatch, weights, tmp_path / "b", "--guidance-interval", *interval)
     assert not (tmp_path / "b").exists()
 
@@ -310,13 +323,15 @@ def demo():
 def test_demo_weights_fit_in_60_megabytes_and_say_what_they_cover():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 60e6
     config = json.loads((DEMO / "radit/config.json").read_text())
-    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [8, 8] and len(config["examples"]) == 64
+    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [8, 8]
+    assert len(config["examples"]) == 64
 
 
 def test_demo_draws_chests_not_noise(demo):
     """Lungs are darker than what is between and below them, left and right alike, and no two pictures are alike."""
     model, decoder = demo
-    images, _ = sample.generate(model, decoder, [{"dataset": "ChestX-ray14", "view": "PA"}] * 8, list(range(8)), steps=10)
+    records = [{"dataset": "ChestX-ray14", "view": "PA"}] * 8
+    images, _ = sample.generate(model, decoder, records, list(range(8)), steps=10)
     assert images.shape[2:] == (128, 128)
     mean = images.mean(0)[0]
     right, left = mean[40:70, 30:50].mean(), mean[40:70, 80:100].mean()
