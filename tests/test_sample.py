@@ -19,7 +19,7 @@ import radit
 import sample
 import vae
 from common import cli, hub
-from radiographs import fields
+from radiographs import fields, pixels
 from radiographs.index import read_index
 
 DEMO = ROOT / "weights/demo"
@@ -202,6 +202,64 @@ def test_broken_weights_are_refused(weights, tmp_path, command):
     assert "is not the VAE whose latents" in attempt()
 
 
+def test_weights_that_do_not_fit_together_are_refused(weights, tmp_path):
+    shutil.copytree(weights, tmp_path / "w")
+    config = json.loads((tmp_path / "w/radit/config.json").read_text())
+    (tmp_path / "w/radit/config.json").write_text(json.dumps(config | {"vae": ""}))
+    with pytest.raises(cli.InputError, match="radit.*(8 channels|vae)"):
+        sample.load_weights(tmp_path / "w")
+
+
+def test_an_image_that_is_not_finite_is_an_error_that_names_its_seed(weights):
+    model, decoder = sample.load_weights(weights)
+    decoder.decode = lambda x: torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, x[:, :1])
+    with pytest.raises(cli.RunError, match="the image of seed 7 is not finite: guidance 3 is too strong, or the weights"):
+        sample.generate(model, decoder, [{}] * 3, [6, 7, 8], steps=1, guidance=3.0)
+
+
+def test_without_a_folder_each_command_gets_a_new_one(weights, tmp_path, command):
+    for number, n in ((1, 1), (2, 2)):
+        status, output, _ = command("sample.py", "--weights", weights, "--n", n, "--steps", 1, cwd=tmp_path)
+        assert status == 0 and f"{n} images in out/sample-{number}," in output
+        assert len(list((tmp_path / f"out/sample-{number}/images").iterdir())) == n
+
+
+def test_unknown_can_be_asked_for(weights, tmp_path, monkeypatch):
+    row, = main(monkeypatch, weights, tmp_path / "a", "--n", 1, "--view", "unknown")
+    assert not any(value for field, value in row.items() if field not in ("file", "seed"))
+
+
+def test_options_that_do_not_go_together(weights, tmp_path, monkeypatch):
+    cli.write_csv(tmp_path / "table.csv", ["age"], [[30], [40]])
+    with pytest.raises(cli.InputError, match="--n 3: .*table.csv has 2 rows"):
+        main(monkeypatch, weights, tmp_path / "a", "--metadata", tmp_path / "table.csv", "--n", 3)
+    with cli.locked(tmp_path / "busy"), pytest.raises(cli.InputError, match="another command is filling this folder"):
+        main(monkeypatch, weights, tmp_path / "busy", "--n", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--weights", str(weights)])
+    with pytest.raises(cli.InputError, match="--out is needed"):
+        sample.main()
+    assert not (tmp_path / "a").exists() and not list((tmp_path / "busy").iterdir())
+
+
+def test_each_tile_of_the_grid_says_what_was_asked():
+    assert sample.caption({"dataset": "own", "age": 60.0, "sex": "female", "view": "PA", "pneumonia": "negative",
+                           "edema": "positive", "pleural_effusion": "positive"}) == (
+        "60 years, female, PA, edema, pleural effusion")
+    assert sample.caption({}) == "nothing asked"
+    images = torch.rand(3, 1, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    texts = ["60 years, female, PA, " + "enlarged cardiomediastinum, " * 3, "AP", "AP"]
+    plain, captioned = pixels.grid(images), pixels.grid(images, captions=texts)
+    assert captioned.shape[2] == plain.shape[2] and captioned.shape[1] > plain.shape[1]
+    height = captioned.shape[1] // 2                                 # of a tile with its caption
+    assert torch.equal(captioned[:, :128], plain[:, :128])
+    assert torch.equal(captioned[:, height:height + 128, :128], images[2])
+    strips = captioned[0, 128:height, :128], captioned[0, 128:height, 128:], captioned[0, height + 128:, :128]
+    assert all((strip > 0).any() for strip in strips)
+    assert torch.equal(strips[1], strips[2]) and (strips[0] > 0).sum() > 5 * (strips[1] > 0).sum()
+    assert pixels.grid(images[..., :64, :64], captions=texts).shape == (1, 128, 128)  # too narrow for words
+
+
 def test_only_covered_values_pass():
     covered = {"sex": {"male": 3}, "age": [20, 80]}
     assert fields.why_not_covered("sex", "male", covered) is None
@@ -331,7 +389,7 @@ def test_demo_draws_chests_not_noise(demo):
     """Lungs are darker than what is between and below them, left and right alike, and no two pictures are alike."""
     model, decoder = demo
     records = [{"dataset": "ChestX-ray14", "view": "PA"}] * 8
-    images, _ = sample.generate(model, decoder, records, list(range(8)), steps=10)
+    images, _ = sample.generate(model, decoder, records, range(8), steps=8)
     assert images.shape[2:] == (128, 128)
     mean = images.mean(0)[0]
     right, left = mean[40:70, 30:50].mean(), mean[40:70, 80:100].mean()
@@ -348,8 +406,8 @@ def test_demo_draws_chests_not_noise(demo):
 def test_demo_metadata_steers_and_the_seed_holds(demo, field, values):
     """Two values of one field change the picture, and less than another seed does."""
     model, decoder = demo
-    records = [[{"dataset": "ChestX-ray14", field: value}] * 6 for value in values]
-    a, b = (sample.generate(model, decoder, wish, list(range(6)), steps=8)[0] for wish in records)
+    records = [[{"dataset": "ChestX-ray14", field: value}] * 4 for value in values]
+    a, b = (sample.generate(model, decoder, asked, range(4), steps=5)[0] for asked in records)
     changed = (a - b).square().mean((1, 2, 3)).sqrt().mean()
     other_seed = (a - a.roll(1, 0)).square().mean((1, 2, 3)).sqrt().mean()
     assert 0.01 < changed < 0.8 * other_seed
@@ -359,8 +417,8 @@ def test_demo_knows_its_data_sets(demo):
     """Most radiographs of children with pneumonia are wider than high, so prepared they lie between black bands;
     ChestX-ray14's are square."""
     model, decoder = demo
-    wishes = {"dataset": "kermany", "pneumonia": "positive"}, {"dataset": "ChestX-ray14"}
-    images = [sample.generate(model, decoder, [wish] * 8, list(range(8)), steps=8)[0] for wish in wishes]
+    asked = {"dataset": "kermany", "pneumonia": "positive"}, {"dataset": "ChestX-ray14"}
+    images = [sample.generate(model, decoder, [record] * 5, range(5), steps=5)[0] for record in asked]
     children, adults = ((part[:, :, :8] < -0.8).float().mean() for part in images)   # share of black in the top rows
     assert children > adults + 0.25
 
