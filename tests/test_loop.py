@@ -97,8 +97,10 @@ def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, h
     event = (1, 5, signal.SIGUSR1 if how else signal.SIGTERM)        # the second process, in its fifth step
     assert job.run(2, "radit", config(), stopped, event=event, **how) == [train.STOPPED] * 2
     assert checkpoint.latest(stopped).name == "64"                   # the next step at which all are asked: 8
+    assert (stopped / "stopped").exists()
     assert job.run(2, "radit", config(), stopped, **how) == [0, 0]
     assert log_of(stopped) == log_of(whole)                          # bit for bit
+    assert not (stopped / "stopped").exists()
     identical(stopped, whole)
 
 
@@ -144,6 +146,24 @@ def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
         assert job.run(2, "radit", cfg, tmp_path / name, bf16=True, **how) == [0, 0]
     same(tmp_path / "fsdp", tmp_path / "ddp", 2e-3)
     assert {tensor.dtype for tensor in state_of(tmp_path / "fsdp").values()} == {torch.float32}
+
+
+def test_a_process_that_leaves_as_asked_ignores_further_signals():
+    """As schedulers send them while others still finish; in an ordinary end the handlers from before return."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit), parallel.catch_signals() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked == [signal.SIGTERM]
+            raise SystemExit(train.STOPPED)
+        os.kill(os.getpid(), signal.SIGTERM)                         # which would end pytest
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number in parallel.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    with parallel.catch_signals():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL == before
 
 
 def test_an_images_numbers_depend_on_its_place_in_the_batch_only():
@@ -193,6 +213,32 @@ def test_torchrun_itself(phantoms, tmp_path):
     stopped = int(re.search(r"all saved at ([\d,]+) images", ends[0])[1].replace(",", ""))
     assert f"2 processes, 1,800 images, starting at {stopped:,} seen" in ends[1]
     assert "SIGKILL" in ends[1]
+
+
+@pytest.mark.parametrize("ends, calls", [
+    (["stopped 75", "stopped 143", "done 0"], 2),                    # time is up, whatever srun makes of the status
+    (["dead 1"] * 9, 5), (["done 0"], 0), (["dead 137", "stopped 1", "dead 1", "done 0"], 3)])
+def test_the_slurm_script_requeues(tmp_path, ends, calls):
+    """The script of training/README.md beside a srun and a scontrol that are made up: one run after the other, as long as it is
+    put back into the queue."""
+    script, = re.findall(r"```slurm\n(.*?)```", (job.ROOT / "training/README.md").read_text(), re.S)
+    (tmp_path / "xl.sh").write_text(script)
+    programs = {"srun": """read end status < ends; sed -i 1d ends; mkdir -p runs/xl; rm -f runs/xl/stopped
+                           if [ $end = stopped ]; then touch runs/xl/stopped; fi; exit $status""",
+                "scontrol": 'if [ "$1" = requeue ]; then echo $2 >> requeued; else echo node1; fi'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ends").write_text("\n".join(ends) + "\n")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-8]"}
+    requeued = 0
+    for end in ends:
+        done = subprocess.run(["bash", "xl.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == int(end.split()[1]), done.stderr
+        before, requeued = requeued, (tmp_path / "requeued").read_text().count("7\n") if (tmp_path / "requeued").exists() else 0
+        if requeued == before:
+            break
+    assert requeued == calls
 
 
 def bf16_is_used():
