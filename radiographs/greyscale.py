@@ -249,8 +249,8 @@ def shown(stored, ds, used_bits=None):
         raise Rejected("values beyond the used depth that was given")
     grey = table[stored - least]                                     # H W
     image = grey if padded is None else grey[~padded]
-    if not has_window and not used_bits and bits > 8 and image.size and 0 < np.ptp(image) < 1 / 8:
-        raise Rejected("no window, and less than an eighth of the stored depth is used; say how many bits are")
+    if not has_window and not used_bits and bits > 8 and image.size and 0 < np.ptp(image) < 1 / 4:
+        raise Rejected("no window, and less than a quarter of the stored depth is used; say how many bits are")
     if padded is not None:
         grey[padded] = 0
     return grey

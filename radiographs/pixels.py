@@ -122,8 +122,8 @@ def grey_of_16_bits(image, tiff, used_bits):
     white = 2 ** min(depth, used_bits or depth) - 1
     if array.max() > white:
         raise Rejected("values beyond the used depth that was given")
-    if array.max() < white / 8 and not used_bits:
-        warn_once("a picture of 16 bits uses less than an eighth of its depth and comes out nearly black. "
+    if array.max() < white / 4 and not used_bits:
+        warn_once("a picture of 16 bits uses less than a quarter of its depth and comes out dark. "
                   "If its source is known to use fewer bits, say how many (in Python: read_radiograph's used_bits)")
     grey = array / white
     return 1 - grey if tiff.get(262) == 0 else grey                  # WhiteIsZero: Pillow inverts 8 bits, not 16

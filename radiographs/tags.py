@@ -39,18 +39,21 @@ def sex_of(text):
     return {"M": "male", "MALE": "male", "F": "female", "FEMALE": "female"}.get(str(text or "").strip().upper())
 
 
-VIEWS = {"AP": {"AP", "ANTEROPOSTERIOR"}, "PA": {"PA", "POSTEROANTERIOR"},
-         "LATERAL": {"LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT"}}
+VIEWS = {"AP": {"AP"}, "PA": {"PA"},
+         "LATERAL": {"LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT", "PROFIL", "PERFIL"}}
 # Words beside a view that leave it what it is. OBLIQUE, for one, does not.
 BESIDE = set("""SUPINE ERECT UPRIGHT STANDING SITTING SEMI SEMIERECT PORTABLE MOBILE BEDSIDE BED CROSS TABLE XTABLE
-    HORIZONTAL AXIAL LORDOTIC LLD RLD LEFT RIGHT LT RT L R INSPIRATION EXPIRATION VIEW PROJECTION CHEST
-    THORAX""".split())
+    HORIZONTAL AXIAL LORDOTIC LLD RLD LEFT RIGHT LT RT L R INSPIRATION EXPIRATION VIEW PROJECTION FRONTAL
+    CHEST THORAX""".split())
 
 
 def view_of(text):
     """AP, PA or LATERAL out of "pa", "POSTERO-ANTERIOR", "AP SUPINE", "LATERAL LEFT" and their like. None for obliques,
     for several views at once, and for a lateral decubitus, a frontal view of a patient who lies on one side."""
-    text = re.sub(r"(ANTERO|POSTERO)[^A-Z]+(POSTERIOR|ANTERIOR)\b", r"\1\2", str(text or "").strip().upper())
+    text = str(text or "").strip().upper()
+    text = re.sub(r"\bA(NTER(O|IOR))?[^A-Z]*P(OSTERIOR)?\b", "AP", text)
+    text = re.sub(r"\bP(OSTER(O|IOR))?[^A-Z]*A(NTERIOR)?\b", "PA", text)
+    text = re.sub(r"\bLATERO[^A-Z]*LATERAL\b", "LATERAL", text)
     if text == "L":  # PadChest's and BRAX's lateral
         return "LATERAL"
     words = set(re.findall(r"[^\W_]+", text))
@@ -60,14 +63,14 @@ def view_of(text):
 
 
 # AS is three digits and a letter; tables say it in words. ASCII digits only: int() would read those of all scripts.
-AGE = re.compile(r"([0-9]{1,4}(?:\.[0-9]+)?) *"
+AGE = re.compile(r"(?:>=? *)?([0-9]{1,4}(?:\.[0-9]+)?) *"
                  r"(?:(Y|YR|YRS|YEAR|YEARS)|(M|MO|MOS|MONTH|MONTHS)|(W|WK|WKS|WEEK|WEEKS)|(D|DAY|DAYS))?"
                  r"(?: *\+| +OR +(?:MORE|OLDER|OVER)| +AND +OVER| +OLD)?")
 
 
 def age_of(text):
-    """Years out of "57", "057Y", "6 months" or "85 or more"; months, weeks and days as fractions. None if blank or
-    above 120, and for "000Y", which stands where no age was entered."""
+    """Years out of "57", "057Y", "6 months", ">89" or "85 or more"; months, weeks and days as fractions. None if
+    blank or above 120, and for "000Y", which stands where no age was entered."""
     if match := AGE.fullmatch(str(text or "").strip().upper()):
         number, years, months, weeks, days = match.groups()
         number = float(number)

@@ -183,7 +183,7 @@ def test_the_stored_bits_set_the_scale(tmp_path, bits):
 def test_more_depth_than_used_is_refused_or_told(tmp_path):
     """12 bits in 16 without a window: nothing in the file says which value is white."""
     path = write_dicom(tmp_path / "a.dcm", UNSIGNED)
-    with pytest.raises(Rejected, match="less than an eighth of the stored depth"):
+    with pytest.raises(Rejected, match="less than a quarter of the stored depth"):
         pixels.read_dicom(path)
     assert np.abs(pixels.read_dicom(path, used_bits=12) - UNSIGNED / 4095).max() < 1e-6
     with pytest.raises(Rejected, match="beyond the used depth"):

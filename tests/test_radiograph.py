@@ -118,7 +118,7 @@ def test_twelve_bits_in_sixteen_are_scaled_when_it_is_known(tmp_path, capfd, mon
     assert np.abs(pixels.read_picture(path, used_bits=12) - (SIXTEEN >> 4) / 4095).max() < 1e-6
     assert capfd.readouterr().err == ""
     assert np.abs(pixels.read_picture(path) - (SIXTEEN >> 4) / 65535).max() < 1e-6
-    assert "less than an eighth of its depth" in capfd.readouterr().err
+    assert "less than a quarter of its depth" in capfd.readouterr().err
     pixels.read_picture(path)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.map(pixels.read_picture, [path] * 4)

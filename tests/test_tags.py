@@ -16,7 +16,7 @@ from radiographs.tags import Rejected
     ("057Y", 57), ("057y", 57), ("0057Y", 57), ("57", 57), (" 57 ", 57), ("57.0", 57), ("57.5", 57.5),
     ("57 years", 57), ("1 year old", 1),
     ("006M", 0.5), ("6 months", 0.5), ("6M", 0.5), ("002W", 14 / 365.25), ("003D", 3 / 365.25), ("000D", 0), ("0", 0),
-    ("85 or more", 85), ("90+", 90), ("000Y", None), ("0Y", None), ("1_0", None), ("٤٥", None), ("", None),
+    ("85 or more", 85), ("90+", 90), (">89", 89), ("000Y", None), ("0Y", None), ("1_0", None), ("٤٥", None), ("", None),
     (None, None), ("old", None),
     ("414Y", None), ("121", None), ("-5", None), ("1e1", None), ("5Y6M", None), ("57X", None), ("nan", None),
     ("057Y\n", 57)])
@@ -37,8 +37,9 @@ def test_ages_by_dates(birth, study, years):
 @pytest.mark.parametrize("text, view", [
     ("PA", "PA"), ("pa", "PA"), ("POSTERO-ANTERIOR", "PA"), ("posteroanterior", "PA"), ("POSTERO_ANTERIOR", "PA"),
     ("Postero Anterior", "PA"),
-    ("PA ERECT", "PA"), ("CHEST PA", "PA"), ("AP", "AP"), ("ap", "AP"), ("AP SUPINE", "AP"), ("AP_HORIZONTAL", "AP"),
-    ("AP LLD", "AP"),
+    ("PA ERECT", "PA"), ("P.A.", "PA"), ("P-A", "PA"), ("Posterior-Anterior", "PA"), ("FRONTAL PA", "PA"),
+    ("CHEST PA", "PA"), ("AP", "AP"), ("ap", "AP"), ("AP SUPINE", "AP"), ("AP_HORIZONTAL", "AP"),
+    ("AP LLD", "AP"), ("A/P", "AP"), ("ANTERIOR/POSTERIOR", "AP"), ("latero-lateral", "LATERAL"),
     ("Antero-Posterior", "AP"), ("ANTERO_POSTERIOR", "AP"), ("AP AXIAL", "AP"), ("PORTABLE AP", "AP"),
     ("Lateral", "LATERAL"), ("LAT", "LATERAL"),
     ("LL", "LATERAL"), ("RL", "LATERAL"), ("L", "LATERAL"), ("LEFT LATERAL", "LATERAL"), ("LATERAL_LEFT", "LATERAL"),
