@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import job
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 import data
+import radit
+import sample
 import vae
 from autoencoder import latents
 from autoencoder.load import copy_vae, load_vae
@@ -360,6 +363,63 @@ def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepare
     (tmp_path / "latents/latents.json").write_text(json.dumps({"vae": model.fingerprint, "rows": []}))
     with pytest.raises(cli.InputError, match="another version of this code"):
         latents.Latents(tmp_path / "latents")
+
+
+def cache(tmp_path, prepared, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "latents")
+    return tmp_path / "latents"
+
+
+def shard_of(shapes):
+    return lambda path: safetensors.torch.save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+
+
+@pytest.mark.parametrize("file, damage, message", [
+    ("00001.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-10]), "missing or damaged"),
+    ("00001.safetensors", lambda path: path.write_bytes(b""), "missing or damaged"),
+    ("00002.safetensors", lambda path: path.unlink(), "missing or damaged"),
+    ("00001.safetensors", shard_of({"mean": (1, 16, 2, 2), "logvar": (1, 16, 2, 2)}), "where 2 latents of one shape"),
+    ("00001.safetensors", shard_of({"mean": (2, 16, 4, 4), "logvar": (2, 16, 4, 4)}), "where 2 latents of one shape"),
+    ("00001.safetensors", shard_of({"mean": (2, 16, 2, 2)}), "no mean and logvar in it"),
+    ("latents.json", lambda path: path.write_text(""), "not JSON"), ("latents.json", lambda path: path.write_text("[" * 10 ** 5), "not JSON"),
+    ("latents.json", lambda path: path.write_text("3"), "holds int where dict is expected"),
+    ("latents.json", lambda path: path.write_text('{"vae": 1, "images": {}, "rows": [7]}'), "damaged; encode again"),
+    ("latents.json", lambda path: path.write_text('{"vae": 1, "images": {}, "rows": 7}'), "damaged; encode again")])
+def test_damaged_caches_are_one_line_at_the_start(tmp_path, prepared, monkeypatch, command, file, damage, message):
+    folder = cache(tmp_path, prepared, monkeypatch)
+    damage(folder / file)
+    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae", "--size",
+                                "XS", "--out", tmp_path / "run")
+    assert status == 2 and message in errors and file in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_can_be_handed_to_another_process(tmp_path, prepared, monkeypatch):
+    """Also after it was read, as the workers of a data loader get it where they are not forked."""
+    shards = latents.Latents(cache(tmp_path, prepared, monkeypatch)).shards
+    mean, _ = shards[3]
+    assert torch.equal(pickle.loads(pickle.dumps(shards))[3][0], mean)
+
+
+def test_of_two_that_encode_into_one_folder_the_second_is_refused(tmp_path, prepared, monkeypatch, command):
+    folder = cache(tmp_path, prepared, monkeypatch)
+    (folder / "00001.safetensors").unlink()
+    with cli.locked(folder):
+        status, _, errors = command("autoencoder", "encode", prepared, "--vae", tmp_path / "vae", "--out", folder)
+    assert status == 2 and "another command is filling this folder" in errors and len(list(folder.glob("*.safetensors"))) == 2
+
+
+def test_training_on_latents_by_data_prediction_makes_a_complete_set_of_weights(tmp_path, prepared, monkeypatch, command):
+    monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
+    folder, run = cache(tmp_path, prepared, monkeypatch), tmp_path / "run"
+    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae", "--size",
+                                "XS", "--prediction", "data", "--images", "8", "--batch", "4", "--no-compile", "--out", run)
+    assert status == 0, errors
+    model, decoder = sample.load_weights(run / "weights")
+    assert model.config.prediction == "data" and decoder.fingerprint == model.config.vae and (run / "preview.png").exists()
+    assert oct((folder / "00000.safetensors").stat().st_mode) == oct((folder / "latents.json").stat().st_mode)  # by the umask
 
 
 def test_the_checksum_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
