@@ -1,7 +1,7 @@
 """Show what weights can do, and publish them.
 
-    python -m share serve                        a page to sample on, at 127.0.0.1
-    python -m share push WEIGHTS ORG/NAME        publish weights on the Hugging Face Hub
+    python -m share serve --weights runs/radit/weights --port 8000         a page to sample on, at 127.0.0.1
+    python -m share push runs/radit ORG/NAME --metrics metrics.json        the weights on the Hugging Face Hub
 """
 import argparse
 
@@ -10,10 +10,11 @@ from share import publish, serve
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m share", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     serve.add_arguments(commands.add_parser("serve", help="a page to sample on, at 127.0.0.1"))
-    publish.add_arguments(commands.add_parser("push", help="publish weights on the Hugging Face Hub, with a model card"))
+    publish.add_arguments(commands.add_parser("push", help="publish weights and a model card on the Hugging Face Hub"))
     args = parser.parse_args()
     if args.command == "serve":
         serve.serve_command(args)
