@@ -185,7 +185,8 @@ def score_reading(table, p, pairs, margin):
 
 
 def kappas(said, presentations):
-    """Agreement within each reader, between two, and of all readers. said: {reader: (presentations, questions) bool}."""
+    """Agreement within each reader, between two, and of all readers. said: {reader: (presentations, questions)
+    bool}."""
 
     def kappa(a, b):
         return dict(zip(("kappa", "low", "high"), agreement.cohen_kappa(a, b)))

@@ -13,7 +13,8 @@ def test_intervals_and_tests_beside_statsmodels():
     proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is not installed")
     inter_rater = pytest.importorskip("statsmodels.stats.inter_rater", reason="statsmodels is not installed")
     for right, n in ((0, 7), (7, 7), (29, 50), (3, 40)):
-        assert agreement.exact_interval(right, n) == pytest.approx(proportion.proportion_confint(right, n, method="beta"))
+        theirs = proportion.proportion_confint(right, n, method="beta")
+        assert agreement.exact_interval(right, n) == pytest.approx(theirs)
         assert agreement.chance_test(right, n) == pytest.approx(proportion.binom_test(right, n, 0.5))
         assert agreement.equivalence_test(right, n, 0.1) == pytest.approx(proportion.binom_tost(right, n, 0.4, 0.6)[0])
     rng = np.random.default_rng(0)
@@ -24,7 +25,7 @@ def test_intervals_and_tests_beside_statsmodels():
         theirs = inter_rater.cohens_kappa(table)
         kappa, low, high = agreement.cohen_kappa(a, b)
         assert kappa == pytest.approx(theirs.kappa)
-        width = theirs.kappa_upp - theirs.kappa_low                  # of the large-sample interval, which is a little short
+        width = theirs.kappa_upp - theirs.kappa_low  # of the large-sample interval, which is a little short
         assert low < theirs.kappa_low + 0.1 * width and high > theirs.kappa_upp - 0.1 * width
         assert width < high - low < 1.6 * width
 
@@ -79,7 +80,8 @@ def test_exact_intervals_cover_and_exact_tests_keep_their_size(n):
 def readers_of(rng, accuracy, kappa, shape):
     """Who was right, shape (studies, readers, questions): two readers agree on being right with this kappa."""
     studies, readers, n = shape
-    copied = rng.random((studies, readers, n)) < math.sqrt(kappa)    # each copies what the question suggests, or draws anew
+    copied = rng.random((studies, readers,
+                         n)) < math.sqrt(kappa)    # each copies what the question suggests, or guesses
     return np.where(copied, rng.random((studies, 1, n)) < accuracy, rng.random(shape) < accuracy)
 
 

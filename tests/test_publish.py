@@ -22,7 +22,8 @@ REPORT = {"protocol": {"encoder": "microsoft/rad-dino", "k": 5, "warnings": ["fe
           "memorisation": {"synthetic": {"least": 0.1, "below": 0.02}}}
 
 
-ROWS = [{"sex": ["female", "male"][i % 2], "dataset": "own", "age": 20.0 + i, "pneumonia": ["negative", "positive"][i % 3 % 2]}
+ROWS = [{"sex": ["female", "male"][i % 2], "dataset": "own", "age": 20.0 + i,
+         "pneumonia": ["negative", "positive"][i % 3 % 2]}
         for i in range(64)]  # of training patients
 
 
@@ -44,7 +45,8 @@ def run(tmp_path):
 
 @pytest.fixture
 def here(hub_server, monkeypatch):
-    """This process asks the loopback server too, and uploads large files by LFS: Xet's protocol needs another server."""
+    """This process asks the loopback server too, and uploads large files by LFS: Xet's protocol needs another
+    server."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub_server[0].server_port}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
@@ -72,7 +74,8 @@ def test_what_was_pushed_is_loaded_by_its_name(run, tmp_path, push, command):
     _, header, text = (served / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(header)["license"] == "cc-by-4.0" and "synthetic" in yaml.safe_load(header)["tags"]
     for part in ("| sex | female 1,500; male 4 |", "| age | 20 to 80.5 years |", "encoder microsoft/rad-dino; k 5",
-                 "Warning: few images", "| all | 50 | 60 | 9.128 ± 0.5 | 0.05 |", "| sex=male | 2 | 3 | too few | too few |",
+                 "Warning: few images", "| all | 50 | 60 | 9.128 ± 0.5 | 0.05 |",
+                 "| sex=male | 2 | 3 | too few | too few |",
                  "| synthetic | 0.1 | 0.02 |", "Not a medical device", "--weights org/pushed"):
         assert part in text, part
     status, _, errors = command.subprocess("sample.py", "--weights", "org/pushed", "--n", 1, "--steps", 1,
@@ -80,7 +83,7 @@ def test_what_was_pushed_is_loaded_by_its_name(run, tmp_path, push, command):
     assert status == 0, errors
     again = json.loads((tmp_path / "out/sample.json").read_text())
     assert (again["weights"], again["fingerprint"]) == ("org/pushed", hub.fingerprint(run / "weights/radit"))
-    push(run / "weights", "org/pushed")                              # again: the repository is there, the card is made anew
+    push(run / "weights", "org/pushed")  # again: the repository is there, the card is made anew
     assert "Not measured." in (served / "README.md").read_text()
 
 
@@ -122,7 +125,8 @@ def test_examples_have_the_counts_frequencies_and_belong_to_nobody():
     assert shares == pytest.approx({"dataset=own": 1, "sex=female": 0.6, "sex=male": 0.2, "view=PA": 0.5,
                                     "edema=positive": 0.1}, abs=0.02)
     ages = np.array([record["age"] for record in records])
-    assert ages.min() >= 20 and ages.max() <= 60 and (ages % 1 == 0.5).all() and ages.mean() == pytest.approx(40, abs=0.5)
+    assert ages.min() >= 20 and ages.max() <= 60 and (ages % 1 == 0.5).all()
+    assert ages.mean() == pytest.approx(40, abs=0.5)
     together = np.mean([record.get("sex") == "female" and record.get("view") == "PA" for record in records])
     assert together == pytest.approx(0.3, abs=0.02)                  # each on its own
     assert publish.examples_of(covered) == publish.examples_of(covered) and publish.examples_of({}, count=2) == [{}, {}]
@@ -153,7 +157,8 @@ def test_what_cannot_be_published_is_one_line(run, tmp_path, hub_server, push, m
     for name in ("name", "", "a/b/c", "org/na me", "org/"):
         assert refused("not of the form ORG/NAME", run, name)
     assert refused("nothing to publish", tmp_path / "nowhere", "org/a") and refused("an empty path", "", "org/a")
-    for content in (b'{"results": []}', b"{}", b'{"protocol": 1, "results": 2}', b"[]", b"", b"\xff", b"[" * 100_000, b"9" * 9999):
+    for content in (b'{"results": []}', b"{}", b'{"protocol": 1, "results": 2}', b"[]", b"", b"\xff", b"[" * 100_000,
+                    b"9" * 9999):
         (tmp_path / "metrics.json").write_bytes(content)
         assert refused("metrics", run, "org/a", "--metrics", tmp_path / "metrics.json")
     assert refused("metrics.json: No such file", run, "org/a", "--metrics", tmp_path / "none/metrics.json")

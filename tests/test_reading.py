@@ -45,7 +45,8 @@ def first(result, **changes):
     (lambda r: r | {"study": "0" * 16}, "of another study, '0000000000000000'; the key is that of"),
     (lambda r: r | {"reader": "B"}, "edited or damaged, its checksum does not fit"),
     (lambda r: r | {"answers": [r["answers"][0] | {"ms": 1}, *r["answers"][1:]]}, "edited or damaged"),
-    (lambda r: sealed(r | {"answers": r["answers"][:6]}), "reader A answered 6 of 12 questions; only complete readings"),
+    (lambda r: sealed(r | {"answers": r["answers"][:6]}),
+     "reader A answered 6 of 12 questions; only complete readings"),
     (lambda r: sealed(r | {"answers": r["answers"][:11] + r["answers"][:1]}), "the same question twice"),
     (lambda r: sealed(r | {"answers": r["answers"] + r["answers"][:1]}), "the same question twice"),
     (lambda r: first(r, answer="elsewhere"), "an answer that the study does not have"),
@@ -110,7 +111,8 @@ def test_a_reader_or_a_reading_counts_once(tmp_path, command, second, message):
     for name, result in (("1.json", made_result(key, "A")), ("2.json", second(key))):
         (tmp_path / name).write_text(json.dumps(result))
     before = sorted(tmp_path.iterdir())
-    status, _, errors = command("study", "score", "1.json", "2.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
+    status, _, errors = command("study", "score", "1.json", "2.json", "--key", "key.json", "--out", "score",
+                                cwd=tmp_path)
     assert status == 2 and "2.json: " in errors and message in errors and len(errors.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
 
@@ -133,8 +135,10 @@ def test_a_key_with_another_margin_than_the_one_given_beforehand_is_refused(tmp_
 
 
 @pytest.mark.parametrize("change", [
-    {"pairs": 7}, {"pairs": [7]}, {"pairs": [["a", 7]]}, {"pairs": {}}, {"id": 7}, {"study": []}, {"study": {"design": ["pairs"]}},
-    {"presentations": 2.0}, {"presentations": True}, {"presentations": 10 ** 30}, {"presentations": 0}, {"margin": "0.1"},
+    {"pairs": 7}, {"pairs": [7]}, {"pairs": [["a", 7]]}, {"pairs": {}}, {"id": 7}, {"study": []},
+    {"study": {"design": ["pairs"]}},
+    {"presentations": 2.0}, {"presentations": True}, {"presentations": 10 ** 30}, {"presentations": 0},
+    {"margin": "0.1"},
     {"margin": float("nan")}, {"margin": 0.5}, {"quiz": 0}, {"questions": 3}, {"questions": []}, {"questions": [["a"]]},
     {"questions": [[1, 2]]}, {"design": "triples"}])
 def test_a_key_that_is_not_one_is_one_line(tmp_path, command, change):
@@ -152,7 +156,8 @@ def test_a_key_that_is_not_one_is_one_line(tmp_path, command, change):
 NESTED = [b"[" * 100_000, b'{"a":' * 100_000, b'{"study":' + b"[" * 900 + b"]" * 900 + b"}"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"\x00" * 99, b"7", b"null", b'"text"', b"9" * 10_000, *NESTED])
+@pytest.mark.parametrize("content",
+                         [b"", b"\xff\xfe{}", b"\x00" * 99, b"7", b"null", b'"text"', b"9" * 10_000, *NESTED])
 def test_a_file_that_is_no_json_object_is_one_line(tmp_path, command, content):
     key = made_key()
     for damaged, whole in (("1.json", "key.json"), ("key.json", "1.json")):
@@ -180,7 +185,7 @@ def test_four_pairs_by_hand():
     assert row["p_chance"] == pytest.approx(10 / 16)                 # 0, 1, 3 or 4 right of 4: (1 + 4 + 4 + 1) / 16
     assert row["p_equivalence"] == pytest.approx(1 - 0.6 ** 4)       # at most 3 right when .6 are: all but 4 of 4
     assert row["interval"] == pytest.approx((0.19412044968, 0.99369053677))
-    together = numbers["together"]                                   # mean 3/4, s = 1/2, error 1/4, t(3) at .975 = 3.18245
+    together = numbers["together"]  # mean 3/4, s = 1/2, error 1/4, t(3) at .975 = 3.18245
     assert together["interval"] == pytest.approx((max(0.75 - 3.182446305 / 4, 0), 1.0), abs=1e-9)
     assert math.isnan(row["roc_area"]) and numbers["intra_rater"] == numbers["inter_rater"] == numbers["fleiss"] == []
 
@@ -251,7 +256,8 @@ def test_score_of_simulated_readers_finds_their_ability():
 
 
 def test_opposite_readers_are_not_together_equivalent_to_chance(tmp_path, capsys):
-    """One is right in 90 %, one in 10 %, and one guesses: the mean is near 1/2 on every pair, and two of the three can tell."""
+    """One is right in 90 %, one in 10 %, and one guesses: the mean is near 1/2 on every pair, and two of the three
+    can tell."""
     key = made_key(pairs=200)
     synthetic = {name for _, name in key["pairs"]}
 
@@ -265,7 +271,7 @@ def test_opposite_readers_are_not_together_equivalent_to_chance(tmp_path, capsys
         return json.loads((tmp_path / "score.json").read_text())["together"], capsys.readouterr().out
 
     numbers, text = verdict(right=0.9, wrong=0.1, guesses=0.5)
-    assert numbers["p_equivalence"] < 0.001 and not numbers["equivalent"]            # the mean alone would have shown it
+    assert numbers["p_equivalence"] < 0.001 and not numbers["equivalent"]  # the mean alone would have shown it
     assert numbers["readers_who_differ_from_chance"] == ["right", "wrong"]
     assert "withheld. Different from chance by Holm's test at 5 %: right, wrong." in text and ": shown" not in text
     numbers, text = verdict(first=0.5, second=0.5, third=0.5)
@@ -280,7 +286,8 @@ def test_the_example_has_the_paper_s_shape_and_says_that_it_is_simulated(tmp_pat
     assert numbers["simulated"] is True
     rows = [(r["reader"], r["presentation"], r["n"]) for r in numbers["readers"]]
     assert rows == [(reader, p, 50) for reader in "ABC" for p in (1, 2)]
-    assert len(numbers["intra_rater"]) == 3 and len(numbers["inter_rater"]) == 6    # .42 .23 .27, and three a presentation
+    assert len(numbers["intra_rater"]) == 3
+    assert len(numbers["inter_rater"]) == 6    # .42 .23 .27, and three a presentation
     with Image.open(tmp_path / "example.png") as image:
         assert image.text["Title"].startswith("SIMULATED") and image.width > 1000
         assert np.asarray(image.convert("RGB")).std() > 10

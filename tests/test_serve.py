@@ -56,10 +56,11 @@ def test_an_image_of_the_page_is_that_of_the_command(server):
     assert status == 200
     told = events(body)
     assert [event["done"] for event in told if "done" in event] == [1, 2] and told[0]["of"] == 2
-    drawn = [event for event in told if "image" in event]
-    assert [(event["seed"], event["metadata"]) for event in drawn] == [(seed, {"sex": "female", "age": 60.0}) for seed in (5, 6)]
+    made = [event for event in told if "image" in event]
+    assert [event["seed"] for event in made] == [5, 6]
+    assert [event["metadata"] for event in made] == [{"sex": "female", "age": 60.0}] * 2
     expected, _ = sample.generate(server.model, server.vae, [{"sex": "female", "age": 60.0}] * 2, [5, 6], steps=2)
-    for event, image in zip(drawn, expected):
+    for event, image in zip(made, expected):
         status, headers, png = request(server, "GET", f"/images/{event['image']}.png")
         assert status == 200 and headers["Content-Type"] == "image/png"
         picture = Image.open(io.BytesIO(png))
@@ -70,26 +71,33 @@ def test_an_image_of_the_page_is_that_of_the_command(server):
         status, headers, dicom = request(server, "GET", f"/images/{event['image']}.dcm")
         assert status == 200 and headers["Content-Type"] == "application/dicom"
         ds = pydicom.dcmread(io.BytesIO(dicom))
-        assert ds.SyntheticData == "YES" and ds.PatientSex == "F" and np.array_equal(ds.pixel_array, np.asarray(picture))
+        assert ds.SyntheticData == "YES" and ds.PatientSex == "F"
+        assert np.array_equal(ds.pixel_array, np.asarray(picture))
 
 
 def test_nothing_asked_takes_examples_as_the_command_does(server):
     examples = server.model.config.examples
-    drawn = [event for event in events(request(server, form=FORM | {"metadata": {}, "seed": 63})[2]) if "image" in event]
-    assert [event["metadata"] for event in drawn] == [examples[63], examples[0]]
+    told = events(request(server, form=FORM | {"metadata": {}, "seed": 63})[2])
+    assert [event["metadata"] for event in told if "image" in event] == [examples[63], examples[0]]
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"steps": -1}, "steps -1 is not a whole number from 1 to 250"), ({"steps": 2.5}, "steps 2.5 is not a whole number"),
-    ({"steps": True}, "steps True is not a whole number"), ({"guidance": float("nan")}, "guidance nan is not a number from 0 to 20"),
+    ({"steps": -1}, "steps -1 is not a whole number from 1 to 250"),
+    ({"steps": 2.5}, "steps 2.5 is not a whole number"),
+    ({"steps": True}, "steps True is not a whole number"),
+    ({"guidance": float("nan")}, "guidance nan is not a number from 0 to 20"),
     ({"guidance": float("inf")}, "guidance inf"), ({"guidance": "2"}, None), ({"guidance": [2]}, "guidance [2]"),
     ({"n": 10 ** 9}, "n 1000000000 is not a whole number from 1 to 64"), ({"n": 0}, "n 0"), ({"n": None}, "n None"),
-    ({"n": "<script>alert(1)</script>" * 9}, "n <script>"), ({"seed": -1}, "seed -1"), ({"seed": 2 ** 63}, "seed 9223372036854775808"),
-    ({"metadata": {"sex": "<img src=x onerror=alert(1)>"}}, "unknown value '<img src=x onerror=alert(1)>' for sex; accepted: female, male"),
-    ({"metadata": {"<b>": "x"}}, "unknown field '<b>'"), ({"metadata": {"view": "LATERAL"}}, "view=LATERAL was not covered"),
+    ({"n": "<script>alert(1)</script>" * 9}, "n <script>"), ({"seed": -1}, "seed -1"),
+    ({"seed": 2 ** 63}, "seed 9223372036854775808"),
+    ({"metadata": {"sex": "<img src=x onerror=alert(1)>"}},
+     "unknown value '<img src=x onerror=alert(1)>' for sex; accepted: female, male"),
+    ({"metadata": {"<b>": "x"}}, "unknown field '<b>'"),
+    ({"metadata": {"view": "LATERAL"}}, "view=LATERAL was not covered"),
     ({"metadata": {"race": "white"}}, "says nothing of race"), ({"metadata": {"age": 1e999}}, "age 'inf'"),
     ({"metadata": {"age": "?"}}, "age '?' is not a number"), ({"metadata": {"age": "100"}}, "age 100 was not covered"),
-    ({"metadata": {"sex": ["male"]}}, "field to value"), ({"metadata": ["male"]}, "a form has n, steps"), ({"more": 1}, "a form has n, steps")])
+    ({"metadata": {"sex": ["male"]}}, "field to value"), ({"metadata": ["male"]}, "a form has n, steps"),
+    ({"more": 1}, "a form has n, steps")])
 def test_hostile_forms_are_one_line_and_400(server, change, message):
     status, headers, body = request(server, form=FORM | change)
     assert status == 400 and len(body.splitlines()) == 1 and len(body) < 350
@@ -99,15 +107,23 @@ def test_hostile_forms_are_one_line_and_400(server, change, message):
 
 
 @pytest.mark.parametrize("method, path, body, headers, status, message", [
-    ("POST", "/sample", b"{", {}, 400, "not JSON"), ("POST", "/sample", b"[" * 9999, {}, 400, "not JSON"), ("POST", "/sample", b"\xff\xfe", {}, 400, "not JSON"),
-    ("POST", "/sample", b'{"n": ' + b"9" * 5000 + b"}", {}, 400, "not JSON"), ("POST", "/sample", b" " * 20_000, {}, 400, "20000 bytes are too many"),
-    ("POST", "/sample", None, {"Content-Type": "text/plain"}, 400, "application/json"), ("POST", "/sample", b"", {"Content-Length": "-5"}, 400, "length"),
+    ("POST", "/sample", b"{", {}, 400, "not JSON"), ("POST", "/sample", b"[" * 9999, {}, 400, "not JSON"),
+    ("POST", "/sample", b"\xff\xfe", {}, 400, "not JSON"),
+    ("POST", "/sample", b'{"n": ' + b"9" * 5000 + b"}", {}, 400, "not JSON"),
+    ("POST", "/sample", b" " * 20_000, {}, 400, "20000 bytes are too many"),
+    ("POST", "/sample", None, {"Content-Type": "text/plain"}, 400, "application/json"),
+    ("POST", "/sample", b"", {"Content-Length": "-5"}, 400, "length"),
     ("POST", "/sample", b"0\r\n\r\n", {"Transfer-Encoding": "chunked"}, 400, "length"),
-    ("POST", "/sample", None, {"Host": "evil.example"}, 400, "another host"), ("GET", "/", None, {"Host": "evil.example:80"}, 400, "another host"),
-    ("POST", "/sample", None, {"Origin": "http://evil.example"}, 400, "another page"), ("POST", "/sample", None, {"Origin": "null"}, 400, "another page"),
-    ("POST", "/", None, {}, 404, "nothing here"), ("GET", "/sample", None, {}, 404, "nothing here"), ("GET", "/../sample.py", None, {}, 404, "nothing here"),
-    ("GET", "/images/../../x.png", None, {}, 404, "nothing here"), ("GET", "/images/0123456789abcdef.png", None, {}, 404, "no such image"),
-    ("GET", "http://evil.example/", None, {}, 400, "another host"), ("PUT", "/sample", b"", {}, 405, ""), ("DELETE", "/", None, {}, 405, ""),
+    ("POST", "/sample", None, {"Host": "evil.example"}, 400, "another host"),
+    ("GET", "/", None, {"Host": "evil.example:80"}, 400, "another host"),
+    ("POST", "/sample", None, {"Origin": "http://evil.example"}, 400, "another page"),
+    ("POST", "/sample", None, {"Origin": "null"}, 400, "another page"),
+    ("POST", "/", None, {}, 404, "nothing here"), ("GET", "/sample", None, {}, 404, "nothing here"),
+    ("GET", "/../sample.py", None, {}, 404, "nothing here"),
+    ("GET", "/images/../../x.png", None, {}, 404, "nothing here"),
+    ("GET", "/images/0123456789abcdef.png", None, {}, 404, "no such image"),
+    ("GET", "http://evil.example/", None, {}, 400, "another host"), ("PUT", "/sample", b"", {}, 405, ""),
+    ("DELETE", "/", None, {}, 405, ""),
     ("OPTIONS", "/sample", None, {}, 405, ""), ("TRACE", "/", None, {}, 405, ""), ("FETCH", "/", None, {}, 405, "")])
 def test_requests_that_are_not_the_page_s_are_refused(server, method, path, body, headers, status, message):
     answer = request(server, method, path, body, headers)
@@ -117,10 +133,12 @@ def test_requests_that_are_not_the_page_s_are_refused(server, method, path, body
 
 
 def test_the_page_and_its_policy(server, monkeypatch):
-    monkeypatch.setattr(server.model.config, "datasets", ("</script><script>alert(1)</script>",))  # weights of somebody else
+    hostile = ("</script><script>alert(1)</script>",)                # of somebody else's weights
+    monkeypatch.setattr(server.model.config, "datasets", hostile)
     status, headers, body = request(server, "GET", "/", headers={"Host": f"localhost:{server.server_address[1]}"})
     policy, page = headers["Content-Security-Policy"], body.decode()
-    assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
     nonce = policy.split("'nonce-")[1].split("'")[0]
     assert page.count(f'nonce="{nonce}"') == 3 and "{{" not in page
     assert request(server, "GET", "/")[1]["Content-Security-Policy"] != policy   # a nonce of its own each time
@@ -187,8 +205,8 @@ def test_people_queue_see_their_place_and_are_served_in_turn(server, monkeypatch
 
 def test_who_goes_away_frees_the_place(server, monkeypatch, capfd):
     slow = Slow(monkeypatch)
-    drawing, waiting, last = Person(server), None, None
-    drawing.until("done")
+    sampling, waiting, last = Person(server), None, None
+    sampling.until("done")
     waiting = Person(server)
     waiting.until("waiting")
     last = Person(server)
@@ -196,7 +214,7 @@ def test_who_goes_away_frees_the_place(server, monkeypatch, capfd):
     waiting.leave()                                                  # from the queue
     while last.until("waiting") != {"waiting": 1}:
         pass
-    drawing.leave()                                                  # from the model, in the middle of a drawing
+    sampling.leave()                                                  # from the model, in the middle of its work
     last.until("done")
     assert slow.ended == 1
     slow.go.release()
@@ -225,14 +243,16 @@ def test_old_pictures_are_forgotten(server, monkeypatch):
     slow.go.release(2)
     names = [event["image"] for _ in range(2) for event in events(request(server)[2]) if "image" in event]
     assert len(set(names)) == 4
-    assert [request(server, "GET", f"/images/{name}.{kind}")[0] for name in names for kind in ("png", "dcm")] == [404] * 2 + [200] * 6
+    found = [request(server, "GET", f"/images/{name}.{kind}")[0] for name in names for kind in ("png", "dcm")]
+    assert found == [404] * 2 + [200] * 6
     assert len(list(server.folder.rglob("*.*"))) == 6
 
 
 def test_half_a_request_or_none_harms_nobody(server, monkeypatch):
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
     host = f"Host: {server.hosts[0]}\r\n"
-    for text in ("", "GET", "GET /\r\n\r\n", "POST /draw HTTP/1.1\r\n" + host + "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
+    for text in ("", "GET", "GET /\r\n\r\n",
+                 "POST /sample HTTP/1.1\r\n" + host + "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
                  "GET / HTTP/1.1\r\n" + host * 2 + "\r\n", "GET /" + "a" * 70_000 + " HTTP/1.1\r\n" + host + "\r\n"):
         with socket.create_connection(server.server_address, timeout=10) as raw:
             raw.sendall(text.encode())
@@ -258,7 +278,7 @@ def test_the_server_listens_at_home_only_and_says_which_port_is_taken(server, co
 def test_port_80_is_left_out_by_browsers(server):
     assert serve.hosts_of(8000) == ["127.0.0.1:8000", "localhost:8000"]
     assert serve.hosts_of(80) == ["127.0.0.1", "localhost"]
-    server.hosts = serve.hosts_of(80)                                # as on port 80, which needs rights that a test may lack
+    server.hosts = serve.hosts_of(80)  # as on port 80, which needs rights that a test may lack
     page = {"Host": "127.0.0.1", "Origin": "http://127.0.0.1"}
     assert request(server, "GET", "/", headers={"Host": "localhost"})[0] == 200
     assert request(server, headers=page, form=FORM | {"n": 0})[2].startswith(b"n 0 is not")          # it was read
@@ -277,7 +297,7 @@ def test_a_request_that_contradicts_itself_goes_through_the_label_policy(server,
 
 
 def start_serving(tmp_path):
-    """`python -m share serve` on a free port, its temporary files in tmp_path/temporary; the process and its address."""
+    """`python -m share serve` on a free port, with its temporary files in tmp_path: the process and its address."""
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen([sys.executable, "-m", "share", "serve", "--port", "0"], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -300,7 +320,8 @@ def test_temporary_files_go_when_a_signal_ends_the_program(models, monkeypatch):
 def test_temporary_files_go_when_the_server_is_ended_while_it_samples(tmp_path, number):
     process, (host, port) = start_serving(tmp_path)
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    connection.request("POST", "/sample", json.dumps(FORM | {"n": 64, "steps": 3}), {"Content-Type": "application/json"})
+    connection.request("POST", "/sample", json.dumps(FORM | {"n": 64, "steps": 3}),
+                       {"Content-Type": "application/json"})
     answer = connection.getresponse()
     while "image" not in json.loads(answer.readline()):              # the first of many is written
         pass
@@ -361,7 +382,7 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     assert browser.switch_to.active_element.get_attribute("id") == "age"   # the first control
     page.press(*"64")
     page.press("tab", "right", "right")                              # sex: any, female, male
-    page.press("tab", "tab", "right", "right")                       # past race, which has nothing but any; view: any, AP, PA
+    page.press("tab", "tab", "right", "right")  # past race, which has nothing but any; view: any, AP, PA
     page.go_to("any")
     page.go_to("Images")
     page.press("delete", "2", "tab", "delete", "delete", "3", "tab", "tab", "delete", "8", "enter")
@@ -369,12 +390,14 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     asked = {"age": 64.0, "sex": "male", "view": "PA"}
     assert page.all(".set h3")[0].text == "64 years, male, PA" and page.all(".set p")[0].text == "3 steps, guidance 2"
     pictures = page.all("figure img")
-    assert [image.get_attribute("alt") for image in pictures] == [f"Synthetic chest radiograph, seed {seed}: 64 years, male, PA" for seed in (8, 9)]
+    for image, seed in zip(pictures, (8, 9), strict=True):
+        assert image.get_attribute("alt") == f"Synthetic chest radiograph, seed {seed}: 64 years, male, PA"
     assert browser.execute_script("return [...document.images].slice(-2).map(image => image.naturalWidth)")[0] == 128
     page.go_to("Download seed 8 as PNG")
     page.press("enter")
     picture = Image.open(downloaded(browser, "synthetic-8.png"))
-    assert picture.text["Synthetic"] == "yes" and picture.text["Seed"] == "8" and json.loads(picture.text["Metadata"]) == asked
+    assert picture.text["Synthetic"] == "yes" and picture.text["Seed"] == "8"
+    assert json.loads(picture.text["Metadata"]) == asked
     page.go_to("Download seed 8 as DICOM")
     page.press("enter")
     ds = pydicom.dcmread(downloaded(browser, "synthetic-8.dcm"))
@@ -399,7 +422,8 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     assert browser.switch_to.active_element.accessible_name == "Seed 8, enlarge"
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert loaded and all(name.startswith(page.address) or name.startswith("data:") for name in loaded)
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]   # the policy refused nothing
+    assert not [entry for entry in browser.get_log("browser")
+                if entry["level"] == "SEVERE"]   # the policy refused nothing
 
 
 def test_only_what_is_covered_can_be_chosen_and_all_has_a_name(server, browser):
@@ -407,7 +431,8 @@ def test_only_what_is_covered_can_be_chosen_and_all_has_a_name(server, browser):
     covered = server.model.config.covered
     for field, values in serve.describe(server.model.config, "demo")["fields"].items():
         if field == "dataset":
-            found = {option.get_attribute("value"): option.is_enabled() for option in page.all("select[name=dataset] option")}
+            found = {option.get_attribute("value"): option.is_enabled()
+                     for option in page.all("select[name=dataset] option")}
         else:
             found = {radio.get_attribute("value"): radio.is_enabled() for radio in page.all(f"input[name={field}]")}
         assert found == {"": True} | {value: value in covered.get(field, {}) for value, _ in values}
@@ -415,12 +440,14 @@ def test_only_what_is_covered_can_be_chosen_and_all_has_a_name(server, browser):
     for element in page.all("input, select, button, [role=radiogroup]"):
         assert element.accessible_name or not element.is_displayed(), element.get_attribute("outerHTML")
     for width in (360, 768, 1200):
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     colours = set()
     for scheme in ("light", "dark"):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                                {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         colours.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert len(colours) == 2
@@ -436,7 +463,8 @@ def test_a_refusal_a_place_in_the_queue_and_a_stop_are_said(server, browser, mon
     other = Person(server)
     other.until("done")
     page["sample"].click()
-    assert page.status("In the queue: 1 before you.") and page["sample"].text == "Stop" and len(page.all(".pending")) == 4
+    assert page.status("In the queue: 1 before you.") and page["sample"].text == "Stop"
+    assert len(page.all(".pending")) == 4
     other.leave()
     assert page.status("Sampling: 0 of 4 done.") and " of 25" in page["step"].text
     page["sample"].click()

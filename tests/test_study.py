@@ -92,7 +92,8 @@ def test_a_classifier_of_bytes_and_headers_is_at_chance(tmp_path):
     from sklearn.model_selection import cross_val_score
     rng, n = np.random.default_rng(0), 120
     real = write_folder(tmp_path / "real", [picture(rng) for _ in range(n)], ["PA"] * n, bits=16, Software="scanner")
-    synthetic = write_folder(tmp_path / "synthetic", [picture(rng) for _ in range(n)], ["PA"] * n, noise=5, Synthetic="yes")
+    synthetic = write_folder(tmp_path / "synthetic", [picture(rng) for _ in range(n)], ["PA"] * n, noise=5,
+                             Synthetic="yes")
     page, content, key = make(real, synthetic, tmp_path / "page.html", "--pairs", n - build.PRACTICE)
     names = [name for pair in key["pairs"] for name in pair]
     truth = np.tile([0, 1], len(key["pairs"]))
@@ -107,7 +108,8 @@ def test_a_classifier_of_bytes_and_headers_is_at_chance(tmp_path):
         return cross_val_score(forest, np.array(rows), truth, cv=5).mean()
 
     place = {name: i for i, name in enumerate(content["images"])}
-    embedded = [features(base64.b64decode(content["images"][name]), place[name], *bytes.fromhex(name)) for name in names]
+    embedded = [features(base64.b64decode(content["images"][name]), place[name], *bytes.fromhex(name))
+                for name in names]
     files = [features(open(key["files"][name], "rb").read(), os.path.getmtime(key["files"][name])) for name in names]
     assert accuracy(files) > 0.99
     assert abs(accuracy(embedded) - 0.5) < 3.3 * 0.5 / math.sqrt(len(names))
@@ -129,10 +131,11 @@ def test_pairs_are_matched_held_out_and_one_a_patient(folders, tmp_path):
         assert str(folders[0]) in key["files"][real_name] and str(folders[1]) in key["files"][synthetic_name]
     shown = base64.b64decode(content["images"][key["pairs"][0][0]])
     original = np.asarray(Image.open(key["files"][key["pairs"][0][0]]))
-    assert np.array_equal(np.frombuffer(shown, np.uint8).reshape(SIZE, SIZE), np.where(original < build.BLACK, 0, original))
+    assert np.array_equal(np.frombuffer(shown, np.uint8).reshape(SIZE, SIZE),
+                          np.where(original < build.BLACK, 0, original))
 
 
-def test_the_seed_draws_the_images_and_the_same_command_makes_the_same_files(folders, tmp_path):
+def test_the_seed_chooses_the_images_and_the_same_command_makes_the_same_files(folders, tmp_path):
     def one(name, seed):
         return make(*folders, tmp_path / name, "--pairs", 4, "--seed", seed)
     (first, _, key), (again, _, same), (_, _, different) = one("a.html", 1), one("b.html", 1), one("c.html", 2)
@@ -166,10 +169,12 @@ def break_metadata(text):
     (None, ["--margin", "0.5"], "0.5 is not between 0 and 0.5"), (None, ["--design", "triples"], "'pairs', 'single'"),
     (None, ["--out", "page"], "page is a file that ends in .html"),
     (None, ["--quiz", "--presentations", 2], "a quiz tells the answers"),
-    (lambda root: [path.unlink() for path in root.rglob("*.*")], [], "neither an index.csv nor an image in it or below it"),
+    (lambda root: [path.unlink() for path in root.rglob("*.*")], [],
+     "neither an index.csv nor an image in it or below it"),
     (lambda root: shutil.rmtree(root), [], "synthetic: no such folder"),
     (None, ["--synthetic", ""], "an empty path"), (None, ["--pairs", "1e3"], "is not a whole number from 1 to 100,000"),
-    (None, ["--pairs", 10 ** 20], "is not a whole number"), (None, ["--margin", "nan"], "is not a number from 0 to 0.5"),
+    (None, ["--pairs", 10 ** 20], "is not a whole number"),
+    (None, ["--margin", "nan"], "is not a number from 0 to 0.5"),
     (None, ["--presentations", 10 ** 9], "is not a whole number from 1 to 20"),
     (break_metadata("file,view\n../secret.png,PA\n"), [], "line 2: '../secret.png' leaves"),
     (break_metadata("file,view\nimages/000.png,oblique\n"), [],
@@ -177,7 +182,8 @@ def break_metadata(text):
     (break_metadata("file\nimages/000.png\n"), [], "line 2: no file or no view"),
     (break_metadata("file,view\n" + "images/000.png,PA\n" * 9), [], "the same picture as"),
     (break_metadata("file,view\n" + "images/none.png,PA\n" * 9), [], "none.png: No such file"),
-    (lambda root: [path.write_bytes(path.read_bytes()[:300]) for path in root.glob("images/*.png")], [], ".png: unreadable"),
+    (lambda root: [path.write_bytes(path.read_bytes()[:300]) for path in root.glob("images/*.png")], [],
+     ".png: unreadable"),
     (lambda root: [path.write_text("text") for path in root.glob("images/*.png")], [], ".png: not an image")])
 def test_what_cannot_be_built_is_named_and_nothing_is_written(folders, tmp_path, monkeypatch, capsys,
                                                               damage, arguments, message):
@@ -195,7 +201,8 @@ def test_what_cannot_be_built_is_named_and_nothing_is_written(folders, tmp_path,
 
 
 def scatter(root, real, kind):
-    """Ten pictures below a folder without any table, in two subfolders; DICOM files have no suffix and say their view."""
+    """Ten pictures below a folder without any table, in two subfolders; DICOM files have no suffix and say their
+    view."""
     rng = np.random.default_rng(100 + real)
     for i in range(10):
         folder = root / f"ward {i % 2}" / "deeper"
@@ -224,7 +231,8 @@ def test_any_folder_of_images_with_subfolders_and_dicom(folders, tmp_path, capsy
     assert ("views of one side are not known" in said) == (kind == "jpg")
     assert ("do not say in their header" in said) == (kind == "jpg")
     _, _, key = make(scatter(tmp_path / "real", True, "jpg"), synthetic, tmp_path / "other.html", "--pairs", 8)
-    assert "real has no index.csv, so whether a model was trained on these images is not known" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "real has no index.csv, so whether a model was trained on these images is not known" in said
     assert all(str(tmp_path / "real") in key["files"][name] for name, _ in key["pairs"])
 
 
@@ -234,9 +242,10 @@ def test_sides_given_the_wrong_way_round_are_noticed(folders, tmp_path):
     scattered = scatter(tmp_path / "dicom", False, "dicom")
     for synthetic in (marked, scattered):
         make(folders[0], synthetic, tmp_path / f"{synthetic.name}.html", "--pairs", 3)       # the right way round
-        with pytest.raises(InputError, match="says in its header that it is synthetic; are --real and --synthetic the wrong"):
+        with pytest.raises(InputError,
+                           match="says in its header that it is synthetic; are --real and --synthetic the wrong"):
             make(synthetic, folders[0], tmp_path / "page.html", "--pairs", 3)
-    with pytest.raises(InputError, match="says in its header that it is synthetic$"):        # not swapped: both synthetic
+    with pytest.raises(InputError, match="says in its header that it is synthetic$"):  # not swapped: both synthetic
         make(marked, scattered, tmp_path / "page.html", "--pairs", 1)
     assert not (tmp_path / "page.html").exists()
 
@@ -309,7 +318,8 @@ def test_pairs_by_keyboard_from_the_first_key_to_the_file(folders, tmp_path, bro
     assert page.title() == "Practice first"
     page.press("tab", "enter")
     for i in range(build.PRACTICE):
-        assert page.title() == f"Practice, {build.PRACTICE - i} to go" and page.shown() not in content["study"]["questions"]
+        assert page.title() == f"Practice, {build.PRACTICE - i} to go"
+        assert page.shown() not in content["study"]["questions"]
         page.press("1", "enter")
     assert page.title() == "Practice is over"
     page.press("tab", "enter")
@@ -396,7 +406,7 @@ def test_single_images_by_mouse_from_the_first_click_to_the_score(folders, tmp_p
                                      "--out", tmp_path / "score")
     assert status == 0, errors
     row = json.loads((tmp_path / "score.json").read_text())["readers"][0]
-    assert row["right"] == 3 and row["accuracy"] == 0.75             # the rating 4 of a real image, or 3 of a synthetic one
+    assert row["right"] == 3 and row["accuracy"] == 0.75  # the rating 4 of a real image, or 3 of a synthetic one
     assert "second" in output and "3/4" in output and output == (tmp_path / "score.txt").read_text()
 
 
@@ -407,7 +417,7 @@ def test_every_reader_and_presentation_has_its_own_order_and_sides(folders, tmp_
     assert len({json.dumps([sorted(q) for q in plan]) for plan in plans}) == len(plans) == 20
     orders = [{tuple(sorted(q)): q == sorted(q) for q in plan} for plan in plans]
     sides = np.array([[order[q] for q in sorted(orders[0])] for order in orders])
-    assert len({tuple(row) for row in sides}) > 15                   # 20 draws of 256; 19.3 of them differ on average
+    assert len({tuple(row) for row in sides}) > 15  # 20 choices among 256; 19.3 of them differ on average
     assert 50 < sides.sum() < 110                                    # of 160; 80 with a deviation of 6.3
     assert page["reader"].get_attribute("required")
 
@@ -427,13 +437,16 @@ def test_the_quiz_says_what_was_right_shows_what_was_missed_and_can_be_played_ag
         page.press("enter")
     assert page.title() == "2 of 3 right" and not page["download"].is_displayed()
     assert page["end-text"].text == "You missed 1; the synthetic image of each pair has a yellow frame."
-    missed, = page["misses"].find_elements("tag name", "figure")     # the second question, on which the real one was chosen
+    missed, = page["misses"].find_elements("tag name",
+                                           "figure")     # the second question, on which the real one was chosen
     canvases = missed.find_elements("tag name", "canvas")
-    assert [canvas.accessible_name for canvas in canvases] == [["real", "synthetic"][name in synthetic] for name in second]
+    assert [canvas.accessible_name for canvas in canvases] == [["real", "synthetic"][name in synthetic]
+                                                               for name in second]
     assert missed.text == f"You chose the {['left', 'right'][side_of_second]} one."
-    shown = browser.execute_script("""return arguments[0].map(canvas =>
-        [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0))""",
-                                   canvases)
+    script = """return arguments[0].map(canvas => {
+        const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return [...data].filter((_, i) => i % 4 === 0) })"""
+    shown = browser.execute_script(script, canvases)
     for pixels, name in zip(shown, second):
         assert bytes(pixels) == base64.b64decode(content["images"][name])
     page.press("tab", "enter")                                       # play again, and miss nothing
