@@ -23,6 +23,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from PIL import Image, UnidentifiedImageError
 
 from common import cli
@@ -125,7 +126,8 @@ def longest_side(path):
     """Of an image file, in pixels."""
     try:
         if pixels.is_dicom(path):
-            return max(pixels.read_dicom(path).shape)
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            return max(header.Rows, header.Columns)
         with Image.open(path) as image:
             return max(image.size)
     except UnidentifiedImageError:

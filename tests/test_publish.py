@@ -12,9 +12,11 @@ import radit
 import sample
 import vae
 from common import hub
+from conftest import ROOT
 from radiographs import fields
 from share import publish
 
+README = (ROOT / "share/README.md").read_text()
 REPORT = {"protocol": {"encoder": "microsoft/rad-dino", "k": 5, "warnings": ["few images"]},
           "results": [{"group": "all", "real": 50, "synthetic": 60, "FDD": {"value": 9.12789, "standard_error": 0.5},
                        "KDD": {"value": 0.05, "standard_error": None}},
@@ -31,16 +33,16 @@ ROWS = [{"sex": ["female", "male"][i % 2], "dataset": "own", "age": 20.0 + i,
 def run(tmp_path):
     """A run of train.py as publish.py meets it: weights/ beside files that are not to be published."""
     torch.manual_seed(0)
-    hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), tmp_path / "run/weights/vae")
+    hub.save_model(vae.RadVAE(vae.VAEConfig(1, 2, (8, 8), 1, 4)), tmp_path / "runs/radit/weights/vae")
     covered = {"sex": {"female": 1500, "male": 4}, "dataset": {"own": 1504}, "age": [20, 80.5],
                "no_finding": {"negative": 500, "positive": 4}, "pneumonia": {"negative": 300, "positive": 200}}
     config = radit.RadiTConfig(channels=8, grid=(8, 8), width=128, depth=2, heads=2, datasets=(*fields.DATASETS, "own"),
-                               covered=covered, examples=ROWS, vae=hub.fingerprint(tmp_path / "run/weights/vae"))
-    hub.save_model(radit.RadiT(config), tmp_path / "run/weights/radit")
-    (tmp_path / "run/checkpoint.safetensors").write_text("secret")
-    (tmp_path / "run/weights/radit/notes.txt").write_text("secret")
-    (tmp_path / "run/weights/radit/rows.json").write_text("secret")
-    return tmp_path / "run"
+                               covered=covered, examples=ROWS, vae=hub.fingerprint(tmp_path / "runs/radit/weights/vae"))
+    hub.save_model(radit.RadiT(config), tmp_path / "runs/radit/weights/radit")
+    (tmp_path / "runs/radit/checkpoint.safetensors").write_text("secret")
+    (tmp_path / "runs/radit/weights/radit/notes.txt").write_text("secret")
+    (tmp_path / "runs/radit/weights/radit/rows.json").write_text("secret")
+    return tmp_path / "runs/radit"
 
 
 @pytest.fixture
@@ -64,11 +66,14 @@ def push(command, here):
     return call
 
 
-def test_what_was_pushed_is_loaded_by_its_name(run, tmp_path, push, command):
+@pytest.mark.slow
+def test_the_readme_s_commands_push_and_load_by_name(run, tmp_path, push, command):
     (tmp_path / "metrics.json").write_text(json.dumps(REPORT))
-    output = push(run, "org/pushed", "--metrics", tmp_path / "metrics.json", "--license", "cc-by-4.0")
-    assert "/org/pushed/commit/" in output.splitlines()[-1]
-    served = tmp_path / "served/org/pushed"
+    pushing, sampling = (line.split()[1:] for line in README.splitlines() if line.startswith("    python ")
+                         and "ORG/NAME" in line)
+    status, output, errors = command("share", *pushing[2:], cwd=tmp_path)
+    assert status == 0 and "/ORG/NAME/commit/" in output.splitlines()[-1], errors
+    served = tmp_path / "served/ORG/NAME"
     assert sorted(str(path.relative_to(served)) for path in served.rglob("*") if path.is_file()) == [
         "README.md", "radit/config.json", "radit/model.safetensors", "vae/config.json", "vae/model.safetensors"]
     _, header, text = (served / "README.md").read_text().split("---\n", 2)
@@ -76,14 +81,13 @@ def test_what_was_pushed_is_loaded_by_its_name(run, tmp_path, push, command):
     for part in ("| sex | female 1,500; male 4 |", "| age | 20 to 80.5 years |", "encoder microsoft/rad-dino; k 5",
                  "Warning: few images", "| all | 50 | 60 | 9.128 ± 0.5 | 0.05 |",
                  "| sex=male | 2 | 3 | too few | too few |",
-                 "| synthetic | 0.1 | 0.02 |", "Not a medical device", "--weights org/pushed"):
+                 "| synthetic | 0.1 | 0.02 |", "Not a medical device", "--weights ORG/NAME"):
         assert part in text, part
-    status, _, errors = command.subprocess("sample.py", "--weights", "org/pushed", "--n", 1, "--steps", 1,
-                                           "--out", tmp_path / "out")
+    status, _, errors = command.subprocess(*sampling, "--n", 1, "--steps", 1, "--out", tmp_path / "out")
     assert status == 0, errors
     again = json.loads((tmp_path / "out/sample.json").read_text())
-    assert (again["weights"], again["fingerprint"]) == ("org/pushed", hub.fingerprint(run / "weights/radit"))
-    push(run / "weights", "org/pushed")  # again: the repository is there, the card is made anew
+    assert (again["weights"], again["fingerprint"]) == ("ORG/NAME@main", hub.fingerprint(run / "weights/radit"))
+    push(run / "weights", "ORG/NAME")  # again: the repository is there, the card is made anew
     assert "Not measured." in (served / "README.md").read_text()
 
 

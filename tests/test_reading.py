@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from scipy import stats
 
@@ -291,6 +292,21 @@ def test_the_example_has_the_paper_s_shape_and_says_that_it_is_simulated(tmp_pat
     with Image.open(tmp_path / "example.png") as image:
         assert image.text["Title"].startswith("SIMULATED") and image.width > 1000
         assert np.asarray(image.convert("RGB")).std() > 10
+
+
+def test_the_readme_s_command_scores_results(tmp_path, command):
+    line, = (line for line in (ROOT / "study/README.md").read_text().splitlines() if "study score" in line)
+    program, _, name, *words = line.split()
+    assert [program, name, words[1]] == ["python", "study", "results/*.json"]
+    key = made_key()
+    for path, content in (("out/study.key.json", key), ("results/a.json", made_result(key, "A")),
+                          ("results/b.json", made_result(key, "B", seed=1))):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(content))
+    status, output, errors = command("study", words[0], "results/a.json", "results/b.json", *words[2:], cwd=tmp_path)
+    assert status == 0, errors
+    assert sorted(path.name for path in (tmp_path / "out").glob("score.*")) == ["score.json", "score.png", "score.txt"]
+    assert output == (tmp_path / "out/score.txt").read_text()
 
 
 def test_one_reader_with_an_awkward_name_and_one_presentation(tmp_path, capsys):

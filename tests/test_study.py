@@ -422,6 +422,18 @@ def test_every_reader_and_presentation_has_its_own_order_and_sides(folders, tmp_
     assert page["reader"].get_attribute("required")
 
 
+def test_the_page_takes_only_names_that_can_be_scored(folders, tmp_path, browser):
+    make(*folders, tmp_path / "page.html", "--pairs", 4)
+    page = Page(browser, tmp_path / "page.html")
+    start = page["enter"].find_element("tag name", "button")
+    assert start.text == "Start" and page["reset"].get_attribute("textContent") == "Reset"
+    for name, reader in (("", None), ("  ", None), ("A\u202eB", None), ("A\x07", None), (" Dr.\u00a0 Ä ", "Dr. Ä")):
+        browser.execute_script("""const input = document.getElementById("reader");
+            input.value = arguments[0]; input.dispatchEvent(new Event("input"))""", name)
+        start.click()
+        assert browser.execute_script("return state?.reader ?? null") == reader
+
+
 def test_the_quiz_says_what_was_right_shows_what_was_missed_and_can_be_played_again(folders, tmp_path, browser):
     _, content, key = make(*folders, tmp_path / "quiz.html", "--pairs", 3, "--quiz")
     page, synthetic = Page(browser, tmp_path / "quiz.html"), {name for _, name in key["pairs"]}
