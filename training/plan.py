@@ -36,16 +36,16 @@ def kept_by_block(cfg, kept, bf16=True):
     if kept == "recomputed":                                      # the block's input alone; the rest is computed again
         return size * cfg.tokens * d
     if kept == "compiled":
-        # What cannot be computed again cheaply. D wide, 12: the block's input, the inputs of qkv and up, the sum
-        # between, out's and down's results, q, k and the output of attention, and qkv's result (3). H wide, 3: up's
-        # result (2) and down's input.
-        wide, hidden, floats = 12, 3, 0
+        # What cannot be computed again cheaply. D wide, 11: the block's input, the inputs of qkv and up, out's and
+        # down's results, q, k, attention's output, which is out's input, and qkv's result (3). H wide, 3: up's result
+        # (2) and down's input.
+        wide, hidden, floats = 11, 3, 0
     else:
-        # Every operation keeps its operands. D wide, 17: inputs and results of two norms, and these modulated (6);
-        # qkv's result (3); q and k, normed and turned (4); attention's output, twice in another order (2); out's and
-        # down's results (2). H wide, 4: up's result (2), silu(gate), down's input. Under autocast norms work in
-        # float32: the inputs of two, and q and k before and after theirs.
-        wide, hidden, floats = (13, 4, 6) if bf16 else (17, 4, 0)
+        # Every operation keeps its operands. D wide, 16: inputs and results of two norms, and these modulated (6);
+        # qkv's result (3); q and k, normed and turned (4); attention's output, which is out's input; out's and down's
+        # results (2). H wide, 4: up's result (2), silu(gate), down's input. Under autocast norms work in float32: the
+        # inputs of two, and q and k before and after theirs.
+        wide, hidden, floats = (12, 4, 6) if bf16 else (16, 4, 0)
     elements = size * (wide * d + hidden * h) + 4 * floats * d
     statistics = 4 * (3 * cfg.heads + 2)                             # float32: rms of q, k and two norms; attention's log-sum
     return cfg.tokens * (elements + statistics)
