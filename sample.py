@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import flow
 import radit
+from autoencoder import lora
 from autoencoder.load import load_vae
 from common import cli, hub
 from common.cli import InputError, RunError
@@ -46,6 +47,10 @@ def load_weights(folder):
     if not hub.find(folder, "radit/config.json"):
         raise InputError(f"{folder}: no radit/ in it; weights are a folder that holds radit/ and, for latents, vae/")
     model = hub.load_model(radit.RadiT, radit.RadiTConfig, folder / "radit")
+    if hub.find(folder / "radit", "lora.json"):
+        model.fingerprint = hub.fingerprint(hub.find(folder / "radit", "model.safetensors"))
+        lora.load(model, folder / "radit")
+        lora.merge(model)
     if not model.config.vae:
         if model.config.channels != 1:
             raise InputError(f"{folder / 'radit'}: made for {model.config.channels} channels but names no VAE; "

@@ -1,13 +1,18 @@
-"""LoRA: adapters of low rank that fine-tune the decoder of a VAE and leave everything else as it is, bit for bit.
+"""LoRA: adapters of low rank that fine-tune the decoder of a VAE, or RadiT's blocks, and leave the rest as it is, bit for
+bit.
 
     W' = W + alpha / r  B A        W (c_out, c_in, k, k) frozen, A (r, c_in, k, k), B (c_out, r); k = 1 for projections
 
 Source: Hu et al. 2021; for convolutions as in peft, where A is a k x k convolution to r channels and B a 1x1 one, which
-is the same map: A starts uniform, B at zero, so that training starts at the base exactly. Adapted are all convolutions
-and projections of the decoder, none of its norms. Here W' itself is computed, once a forward pass, which is less work
-than two more convolutions at every pixel.
-The encoder and the running statistics stay, so latents cached with the base stay valid with any adapters.
-On disk: lora.safetensors (A and B, bfloat16) and lora.json (rank, alpha, the fingerprint of the base), beside the base.
+is the same map: A starts uniform, B at zero, so that training starts at the base exactly. Here W' itself is computed,
+once in each forward pass, which is less work than two more convolutions at every pixel.
+
+    a VAE     all convolutions and projections of the decoder, none of its norms. The encoder and the running statistics
+              stay, so latents cached with the base stay valid with any adapters.
+    RadiT     qkv, out, up and down of each block. The table of data sets, which may have new rows, is trained too.
+
+On disk, beside the base: lora.safetensors (A and B, and that table, in bfloat16) and lora.json (rank, alpha, the
+fingerprint of the base).
 """
 import argparse
 import json
@@ -21,6 +26,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from common import cli, hub
+from radit import RadiT
+
+TABLE = "metadata.tables.dataset.weight"
 
 
 class Adapter(nn.Module):
@@ -37,31 +45,42 @@ class Adapter(nn.Module):
         return weight + self.alpha / self.rank * (self.B @ self.A.flatten(1)).view_as(weight)
 
 
+def adapted_part(model):
+    """The part of a model that gets adapters; their names are relative to it."""
+    return model.blocks if isinstance(model, RadiT) else model.decoder
+
+
 def layers(model):
     """(name, layer) of all that can be adapted."""
-    return [(name, layer) for name, layer in model.decoder.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [(name, layer) for name, layer in adapted_part(model).named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith("adaln")]
 
 
 def adapters(model):
     """name -> Adapter."""
-    return {name: layer.parametrizations.weight[0] for name, layer in layers(model) if parametrize.is_parametrized(layer)}
+    return {name: layer.parametrizations.weight[0] for name, layer in layers(model)
+            if parametrize.is_parametrized(layer)}
 
 
 def add(model, rank, alpha):
-    """Freezes the model and adapts its decoder; model.parameters() with requires_grad are then A and B."""
+    """Freezes the model and adds adapters, which are then its only parameters with requires_grad, but for RadiT's table of
+    data sets."""
     if adapters(model) or getattr(model, "merged", False):
-        raise cli.InputError("this VAE has adapters already; new ones start from its base")
+        raise cli.InputError("these weights have adapters already; new ones start from their base")
     model.requires_grad_(False)
-    model.bn.track_running_stats = False  # model.train() would move the statistics that cached latents are normalised by
+    if isinstance(model, RadiT):
+        model.metadata.tables["dataset"].requires_grad_(True)
+    else:
+        model.bn.track_running_stats = False  # model.train() would move the statistics that normalise cached latents
     for _, layer in layers(model):
         parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, rank, alpha))
 
 
 def merge(model):
-    """Writes W' into the layers, which are ordinary ones again; returns what unmerge needs, (W, adapter) of each layer."""
+    """Writes W' into the layers, which are ordinary ones again; returns what unmerge needs: name -> (W, adapter)."""
     replaced = {}
     for name, adapter in adapters(model).items():
-        layer = model.decoder.get_submodule(name)
+        layer = adapted_part(model).get_submodule(name)
         replaced[name] = layer.parametrizations.weight.original.clone(), adapter
         parametrize.remove_parametrizations(layer, "weight")
     model.merged = True
@@ -71,20 +90,26 @@ def merge(model):
 def unmerge(model, replaced):
     """Undoes merge. W is put back, not computed as W' - BA, which would round."""
     for name, (weight, adapter) in replaced.items():
-        layer = model.decoder.get_submodule(name)
+        layer = adapted_part(model).get_submodule(name)
         layer.weight.data.copy_(weight)
         parametrize.register_parametrization(layer, "weight", adapter)
     model.merged = False
 
 
+def trained_tensors(model):
+    """name -> what is trained and saved."""
+    tensors = {f"{name}.{key}": value for name, adapter in adapters(model).items()
+               for key, value in adapter.named_parameters()}
+    return tensors | ({TABLE: model.metadata.tables["dataset"].weight} if isinstance(model, RadiT) else {})
+
+
 def save(model, folder):
-    """Writes the adapters of a model whose base came from vae.load."""
+    """Writes the adapters of a model; model.fingerprint names the file of its base's weights."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = adapters(model)
     one = next(iter(every.values()))
-    tensors = {f"{name}.{key}": value for name, adapter in every.items() for key, value in adapter.state_dict().items()}
-    hub.save_tensors(tensors, folder / "lora.safetensors")
+    hub.save_tensors(trained_tensors(model), folder / "lora.safetensors")
     cli.write_json(folder / "lora.json", {"base": model.fingerprint, "rank": one.rank, "alpha": one.alpha})
 
 
@@ -95,14 +120,14 @@ def load(model, folder):
         raise cli.InputError(f"{folder}: adapters are two files, lora.json and lora.safetensors")
     try:
         about, tensors = json.loads(table.read_text()), safetensors.torch.load_file(file)
-        base, rank, alpha = about["base"], cli.positive(about["rank"]), float(about["alpha"])
+        base, rank, alpha = about["base"], cli.positive(str(about["rank"])), cli.number(0, 1e6)(str(about["alpha"]))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
-        raise cli.InputError(f"{folder}: lora.json or lora.safetensors is damaged: {type(error).__name__} {error}") from None
+        reason = f"{type(error).__name__} {error}"
+        raise cli.InputError(f"{folder}: lora.json or lora.safetensors is damaged: {reason}") from None
     if base != model.fingerprint:
-        raise cli.InputError(f"{folder}: these adapters were trained on the base {base}, and this is {model.fingerprint}")
+        raise cli.InputError(f"{folder}: trained on the base {base}, and this one is {model.fingerprint}")
     add(model, rank, alpha)
-    expected = {f"{name}.{key}": value
-                for name, adapter in adapters(model).items() for key, value in adapter.named_parameters()}
+    expected = trained_tensors(model)
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in expected or name not in tensors or tensors[name].shape != expected[name].shape:
             raise cli.InputError(f"{file}: {name} is missing, unknown or of another shape")

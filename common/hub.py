@@ -129,7 +129,12 @@ def load_tensors(model, file, rename=lambda tensors: tensors):
 
 
 def fingerprint(place):
-    """Sixteen hex digits that name the weights in a model's folder, or in a file."""
-    file = place if Path(place).is_file() else find(place, "model.safetensors")
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    """Sixteen hex digits that name the weights in a file, or in a model's folder with its adapters, if it has any."""
+    digest, files = hashlib.sha256(), [place]
+    if not Path(place).is_file():
+        files = [find(place, "model.safetensors"), find(place, "lora.safetensors")]
+    for file in filter(None, files):
+        with open(file, "rb") as content:
+            while part := content.read(2 ** 20):
+                digest.update(part)
+    return digest.hexdigest()[:16]

@@ -135,7 +135,7 @@ def test_another_base_or_damaged_adapters_are_refused(base, tmp_path):
     lora.save(model, folder)
     torch.manual_seed(5)
     hub.save_model(RadVAE(model.config), tmp_path / "other")
-    refused("trained on the base .* and this is", tmp_path / "other")
+    refused("trained on the base .* and this one is", tmp_path / "other")
     about, tensors = json.loads((folder / "lora.json").read_text()), safetensors.torch.load_file(folder / "lora.safetensors")
     for change in ({"rank": 0}, {"rank": "many"}, {"alpha": None}):
         (folder / "lora.json").write_text(json.dumps(about | change))

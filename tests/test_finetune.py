@@ -1,0 +1,183 @@
+"""A run that starts from trained weights: RadiT on another grid and with new data sets, a VAE with more latent channels."""
+import dataclasses
+
+import pytest
+import torch
+
+import sample
+from autoencoder import lora
+from autoencoder.widen import widen
+from common import cli, hub
+from radiographs import fields
+from radit import RadiT, RadiTConfig
+from training import finetune
+from vae import RadVAE, VAEConfig
+
+COVERED = {"dataset": {"PadChest": 5, "own": 2}, "sex": {"male": 4}, "age": [20, 50]}
+BASE = RadiTConfig(channels=8, grid=(4, 4), width=64, depth=2, heads=2, datasets=(*fields.DATASETS, "own"), covered=COVERED,
+                   vae="0123456789abcdef")
+RECORDS = [{"age": 30.0, "sex": "male", "dataset": "own"}, {"dataset": "PadChest"}, {}]
+
+
+@pytest.fixture
+def base():
+    """Random weights, as bfloat16 stores them."""
+    torch.manual_seed(0)
+    model = RadiT(BASE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter).mul(0.1).bfloat16())
+    return model
+
+
+def extended(base, shape=(8, 4, 4), datasets=("PadChest", "new", "own", "newer")):
+    return finetune.extend_config(base.config, shape, base.config.vae, datasets=list(datasets), covered={}, examples=[])
+
+
+def test_without_a_step_the_pictures_are_those_of_the_base(base):
+    model = finetune.extend(base, extended(base)).eval()
+    assert model.config.datasets == (*fields.DATASETS, "own", "new", "newer")
+    for records in (RECORDS, [{"dataset": "own", "edema": "positive"}] * 3):
+        pictures = [sample.generate(net, None, records, [0, 1, 2], steps=3)[0] for net in (base, model)]
+        assert pictures[0].std() > 0.1 and torch.equal(*pictures)
+    # A new data set starts as an unknown one.
+    new = sample.generate(model, None, [{"dataset": "newer", "sex": "male"}], [0], steps=3)[0]
+    assert torch.equal(new, sample.generate(base, None, [{"sex": "male"}], [0], steps=3)[0])
+    rows = model.metadata.tables["dataset"].weight
+    assert len(rows) == 1 + len(fields.DATASETS) + 3 and torch.equal(rows[:-2], base.metadata.tables["dataset"].weight)
+
+
+def test_another_grid_has_the_same_weights(base):
+    model = finetune.extend(base, extended(base, (8, 8, 6), ()))
+    assert model.config.grid == (8, 6) and model.config.datasets == BASE.datasets and model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    assert sample.generate(model.eval(), None, [{}], [0], steps=1)[0].shape[2:] == (8, 6)
+
+
+def test_other_images_than_the_bases_are_refused(base):
+    for shape, vae, message in (((8, 4, 4), "fedcba9876543210", "the VAE 0123456789abcdef, .* the VAE fedcba9876543210"),
+                                ((8, 4, 4), "", "the VAE 0123456789abcdef, and the new images are pixels"),
+                                ((4, 4, 4), BASE.vae, "made for 8 channels, and the new images have 4")):
+        with pytest.raises(cli.InputError, match=message):
+            finetune.extend_config(BASE, shape, vae, datasets=[], covered={})
+
+
+def test_coverage_is_of_both():
+    new = {"dataset": {"own": 3, "new": 1}, "view": {"PA": 4}, "age": [1, 30]}
+    config = finetune.extend_config(BASE, (8, 4, 4), BASE.vae, datasets=["own", "new"], covered=new)
+    assert config.covered == {"dataset": {"PadChest": 5, "own": 5, "new": 1}, "sex": {"male": 4}, "age": [1, 50],
+                              "view": {"PA": 4}}
+    assert BASE.covered == COVERED and COVERED["dataset"] == {"PadChest": 5, "own": 2}
+
+
+def adapt(base):
+    """The extended base with adapters that do something."""
+    model = finetune.extend(base, extended(base)).eval()
+    model.fingerprint = "of its file"
+    lora.add(model, 2, 4)
+    for adapter in lora.adapters(model).values():
+        torch.nn.init.normal_(adapter.B, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def test_lora_of_radit_equals_peft(base):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, peer = adapt(base), finetune.extend(base, extended(base)).eval()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["qkv", "out", "up", "down"])
+    peft.inject_adapter_in_model(config, peer)
+    theirs = {name.removeprefix("blocks."): m for name, m in peer.named_modules() if hasattr(m, "lora_A")}
+    ours = lora.adapters(model)
+    assert ours.keys() == theirs.keys() and len(ours) == 4 * BASE.depth
+    for name, adapter in ours.items():
+        theirs[name].lora_A["default"].weight.copy_(adapter.A)
+        theirs[name].lora_B["default"].weight.copy_(adapter.B)
+    torch.manual_seed(1)
+    inputs = torch.randn(3, 8, 4, 4), torch.rand(3), *fields.encode_metadata(RECORDS, model.config.datasets)
+    expected = peer(*inputs)
+    assert torch.allclose(model(*inputs), expected, atol=1e-5)
+    assert (expected - base(*inputs)).abs().mean() > 0.01
+    lora.merge(model)
+    assert torch.allclose(model(*inputs), expected, atol=1e-5)
+
+
+def test_only_adapters_and_data_sets_are_trained(base):
+    model = finetune.extend(base, extended(base))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora.add(model, 2, 4)
+    age, codes = fields.encode_metadata([{"dataset": "new"}, {"dataset": "own"}], model.config.datasets)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):                                               # A moves only after B has
+        model(torch.randn(2, 8, 4, 4), torch.rand(2), age, codes).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {name.replace("parametrizations.weight.original", "weight"): t for name, t in model.state_dict().items()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {finetune.TABLE}
+    for adapter in lora.adapters(model).values():
+        assert adapter.B.abs().max() > 0
+
+
+def test_saved_adapters_of_radit_are_merged_for_sampling(base, tmp_path):
+    folder = tmp_path / "weights/radit"
+    net = finetune.extend(base, dataclasses.replace(extended(base), channels=8))
+    hub.save_model(net, folder)
+    alone = hub.fingerprint(folder)
+    net.fingerprint = alone
+    lora.add(net, 2, 4)
+    with torch.no_grad():
+        for adapter in lora.adapters(net).values():
+            torch.nn.init.normal_(adapter.B, std=0.1)
+        net.metadata.tables["dataset"].weight[-1] += 1
+    lora.save(net, folder)
+    torch.manual_seed(0)
+    hub.save_model(RadVAE(VAEConfig(1, 2, (8, 8), 1, 4)), tmp_path / "weights/vae")
+    with pytest.raises(cli.InputError, match="is not the VAE"):      # as for weights without adapters
+        sample.load_weights(tmp_path / "weights")
+    again = hub.load_model(RadiT, RadiTConfig, folder)
+    again.fingerprint = alone
+    lora.load(again, folder)
+    lora.merge(again)
+    assert set(again.state_dict()) == set(base.state_dict())
+    pictures = [sample.generate(n, None, [{"dataset": "newer"}], [0], steps=2)[0] for n in (net.eval(), again)]
+    assert torch.allclose(*pictures, atol=0.05)                      # A and B were rounded to bfloat16
+    assert (pictures[1] - sample.generate(base, None, [{}], [0], steps=2)[0]).abs().max() > 0.1
+    assert hub.fingerprint(folder) != alone                          # pictures of other adapters are not mixed up
+    assert hub.fingerprint(folder / "model.safetensors") == alone
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    model = RadVAE(VAEConfig(1, 3, (8, 16), 1, 4)).eval()
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.5, 2)
+    return model
+
+
+@torch.no_grad()
+def test_a_widened_vae_reconstructs_as_its_base_does(autoencoder):
+    x, old = torch.rand(2, 1, 16, 16) * 2 - 1, 4 * 3
+    same = widen(autoencoder).eval()
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), autoencoder.state_dict().values(), strict=True))
+    assert torch.equal(same.decode(same.encode(x)[0]), autoencoder.decode(autoencoder.encode(x)[0]))
+    wide = widen(autoencoder, 5).eval()
+    for ours, theirs in zip(wide.encode(x), autoencoder.encode(x)):
+        assert ours.shape == (2, 20, 4, 4) and torch.allclose(ours[:, :old], theirs, atol=1e-5)
+    z = wide.encode(x)[0]
+    assert z[:, old:].std() > 0.01                                   # the new channels are alive
+    z[:, old:] = torch.randn(2, 8, 4, 4)                             # and the image does not depend on them
+    assert torch.allclose(wide.decode(z), autoencoder.decode(z[:, :old]), atol=1e-5)
+    with pytest.raises(cli.InputError, match="--latent-channels 2: the base has 3"):
+        widen(autoencoder, 2)
+
+
+def test_new_channels_are_put_to_use(autoencoder):
+    wide = widen(autoencoder, 5)
+    x, noise = torch.rand(2, 1, 16, 16), torch.randn(2, 20, 4, 4)
+    optimizer = torch.optim.SGD(wide.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        wide(x, noise)[0].square().mean().backward()
+        optimizer.step()
+    assert wide.decoder.conv_in.weight[:, 3:].abs().max() > 0 and wide.quant_conv.weight.grad[3:5].abs().max() > 0
