@@ -1,5 +1,5 @@
-"""A Rad-VAE from disk or the Hub: a folder that train.py wrote, or FLUX.2's autoencoder as Black Forest Labs published it;
-either with adapters beside it. FLUX.2's tensors come in two layouts:
+"""A Rad-VAE from disk or the Hub: a folder that train.py wrote, or FLUX.2's autoencoder as Black Forest Labs published
+it; either with adapters beside it. FLUX.2's tensors come in two layouts:
 
     diffusers   config.json and diffusion_pytorch_model.safetensors, in a folder `vae`: vae.py has its names
     flux2       ae.safetensors, without a config: the names below, and the attention's projections as 1x1 convolutions
@@ -21,7 +21,8 @@ FIXED = {"_class_name": "AutoencoderKLFlux2", "act_fn": "silu", "patch_size": [2
 
 
 def read_config(path):
-    """The arguments of VAEConfig from diffusers' config.json; those of the released model where there is no such file."""
+    """The arguments of VAEConfig from diffusers' config.json; those of the released model where there is no such
+    file."""
     if not path:
         return {"channels": 3}
     try:
@@ -90,8 +91,8 @@ def locate_vae(place):
 
 
 def load_vae(place):
-    """The VAE with its adapters merged, if it has any, in eval mode. Its `fingerprint` names the file of weights: adapters
-    leave the encoder as it is, so latents made with the base stay valid."""
+    """The VAE with its adapters merged, if it has any, in eval mode. Its `fingerprint` names the file of weights:
+    adapters leave the encoder as it is, so latents made with the base stay valid."""
     folder, file = locate_vae(place)
     if file.name == "model.safetensors":
         model = hub.load_model(RadVAE, VAEConfig, folder)

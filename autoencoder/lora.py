@@ -1,5 +1,5 @@
-"""LoRA: adapters of low rank that fine-tune the decoder of a VAE, or RadiT's blocks, and leave the rest as it is, bit for
-bit.
+"""LoRA: adapters of low rank that fine-tune the decoder of a VAE, or RadiT's blocks, and leave the rest as it is, bit
+for bit.
 
     W' = W + alpha / r  B A        W (c_out, c_in, k, k) frozen, A (r, c_in, k, k), B (c_out, r); k = 1 for projections
 
@@ -63,8 +63,8 @@ def adapters(model):
 
 
 def add(model, rank, alpha):
-    """Freezes the model and adds adapters, which are then its only parameters with requires_grad, but for RadiT's table of
-    data sets."""
+    """Freezes the model and adds adapters, which are then its only parameters with requires_grad, but for RadiT's table
+    of data sets."""
     if adapters(model) or getattr(model, "merged", False):
         raise cli.InputError("these weights have adapters already; new ones start from their base")
     model.requires_grad_(False)

@@ -1,8 +1,8 @@
 """Training a Rad-VAE further, from the weights of another one that may have fewer latent channels.
 
-The base's channels keep their place and their values, and its reconstructions are those of the widened VAE until the first
-step: the new channels are there, but the decoder's weights for them start at zero. Their gradient does not, so that they are
-put to use at once.
+The base's channels keep their place and their values, and its reconstructions are those of the widened VAE until the
+first step: the new channels are there, but the decoder's weights for them start at zero. Their gradient does not, so
+that they are put to use at once.
 """
 import dataclasses
 
@@ -14,8 +14,8 @@ from vae import RadVAE
 
 @torch.no_grad()
 def widen(base, latent_channels=None):
-    """A RadVAE with the weights of `base` and `latent_channels` of them before patchifying: at least as many as the base
-    has, which is the default. It is in training mode; new weights come from torch's global random numbers."""
+    """A RadVAE with the weights of `base` and `latent_channels` of them before patchifying: at least as many as the
+    base has, which is the default. It is in training mode; new weights come from torch's global random numbers."""
     old = base.config.latent_channels
     c = latent_channels or old
     if c < old:

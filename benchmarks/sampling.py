@@ -4,11 +4,12 @@
     python benchmarks/sampling.py [--size XS] [--steps 10]            a CPU: 128x128, the demo's widths
     python benchmarks/sampling.py --size XL                           a GPU: 512x512, FLUX.2's decoder, 25 steps
 
-The same width, depth, heads, tokens, steps, guidance, batch and decoder widths; random weights, which cost what trained ones do.
-Decoding counts, and so does bringing the images to the CPU. The peer is the pipeline as diffusers runs it, with its own DDIM
-scheduler: DiTTransformer2DModel, in bfloat16 where that is faster, both branches of guidance in one batch, and AutoencoderKL. Ours
-runs eager and with its blocks compiled; the interval is the guidance's. All take turns over several rounds, and the best
-round of each counts, so that a busy machine does not favour one of them. A ratio above 1: ours is faster.
+The same width, depth, heads, tokens, steps, guidance, batch and decoder widths; random weights, which cost what trained
+ones do. Decoding counts, and so does bringing the images to the CPU. The peer is the pipeline as diffusers runs it,
+with its own DDIM scheduler: DiTTransformer2DModel, in bfloat16 where that is faster, both branches of guidance in one
+batch, and AutoencoderKL. Ours runs eager and with its blocks compiled; the interval is the guidance's. All take turns
+over several rounds, and the best round of each counts, so that a busy machine does not favour one of them. A ratio
+above 1: ours is faster.
 """
 import argparse
 import importlib.util

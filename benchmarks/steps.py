@@ -3,13 +3,14 @@
     python benchmarks/steps.py --data PREPARED... [--weights weights/demo] [--n 48] [--guidance 2] [--seed 0]
 
 The same seeds and metadata in every row: the metadata of n held-out real images, drawn at random from half B of
-benchmarks/fidelity.py; half A is the reference of FDD and KDD. Their standard errors are those of the images; from row to row
-the images are the same but for the solver, so rows differ by less. FDD of so few images is far above what many would give, and
-compares within this table only. `distance` needs no reference: the root mean square difference of the pixels, in [-1, 1], to the
-same seed's picture by Heun with the most evaluations, its standard error over the images. Heun takes two evaluations a step, so
-it stands at the even number next to Euler's.
+benchmarks/fidelity.py; half A is the reference of FDD and KDD. Their standard errors are those of the images; from row
+to row the images are the same but for the solver, so rows differ by less. FDD of so few images is far above what many
+would give, and compares within this table only. `distance` needs no reference: the root mean square difference of the
+pixels, in [-1, 1], to the same seed's picture by Heun with the most evaluations, its standard error over the images.
+Heun takes two evaluations a step, so it stands at the even number next to Euler's.
 
-Images are kept in --out, and the same command, or one with a larger --n, continues. Written there: steps.txt and steps.png.
+Images are kept in --out, and the same command, or one with a larger --n, continues. Written there: steps.txt and
+steps.png.
 """
 import argparse
 import os
@@ -58,7 +59,8 @@ def draw(model, decoder, asked, seeds, guidance, folder):
 
 
 def draw_figure(rows, real, path):
-    """rows: (solver, steps, {"FDD", "KDD", "distance": (value, standard error)}); real: {"FDD", "KDD"} of real images."""
+    """rows: (solver, steps, {"FDD", "KDD", "distance": (value, standard error)}); real: {"FDD", "KDD"} of real
+    images."""
     figure = Figure(figsize=(10, 3.5))
     for axes, measure in zip(figure.subplots(1, 3), ("FDD", "KDD", "distance")):
         for solver, colour, marker in (("euler", "#2b5d8c", "o"), ("heun", "#c8642b", "s")):

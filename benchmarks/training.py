@@ -1,13 +1,15 @@
-"""Whole training steps of RadiT beside diffusers' DiT of the same shape: images/s, FLOP/s as a share of what the device's
-matrix products reach in the same run, peak memory; compiled and not, with and without activation checkpointing.
+"""Whole training steps of RadiT beside diffusers' DiT of the same shape: images/s, FLOP/s as a share of what the
+device's matrix products reach in the same run, peak memory; compiled and not, with and without activation
+checkpointing.
 
     pip install diffusers transformers
     python benchmarks/training.py --size XL --grid 32 --batch 16 [--channels 128] [--steps 10] [--rounds 3]
 
-A step is loss, backward, clipping, fused AdamW and the EMA in float32, on data that lie ready. The FLOPs of a training image
-are three times its forward pass's, by structure (radit.count_flops; for DiT torch's counter): what checkpointing computes
-twice counts once. The matrix rate is the best of square products in the dtype of the training. Each variant runs in its own
-process, in turns over several rounds, and the best round counts; compilation is over before the clock starts.
+A step is loss, backward, clipping, fused AdamW and the EMA in float32, on data that lie ready. The FLOPs of a training
+image are three times its forward pass's, by structure (radit.count_flops; for DiT torch's counter): what checkpointing
+computes twice counts once. The matrix rate is the best of square products in the dtype of the training. Each variant
+runs in its own process, in turns over several rounds, and the best round counts; compilation is over before the clock
+starts.
 """
 import sys
 import time

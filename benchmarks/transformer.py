@@ -30,8 +30,9 @@ VARIANTS = ("RadiT eager", "RadiT compiled", "DiT eager", "DiT compiled")
 
 
 def build(name, args, channels=32):
-    """The model on the CPU, call(model, x, t) that runs it on a batch, and the FLOPs of one image's forward pass. A name holds
-    "RadiT" or "DiT", and perhaps "compiled" and "checkpointing" (a block's activations are computed again in backward)."""
+    """The model on the CPU, call(model, x, t) that runs it on a batch, and the FLOPs of one image's forward pass. A
+    name holds "RadiT" or "DiT", and perhaps "compiled" and "checkpointing" (a block's activations are computed again in
+    backward)."""
     width, depth, heads = radit.SIZES[args.size]
     if name.startswith("RadiT"):
         config = radit.RadiTConfig(channels=channels, grid=(args.grid, args.grid), width=width, depth=depth, heads=heads)
@@ -81,8 +82,8 @@ def seconds(work, device, args):
 
 
 def take_turns(measure, names, args):
-    """name -> the numbers that measure(name, args, queue) puts into the queue, of each the least of args.rounds rounds. Every
-    run has a process of its own; one that fails (memory, say) is tried no more, and its name left out."""
+    """name -> the numbers that measure(name, args, queue) puts into the queue, of each the least of args.rounds rounds.
+    Every run has a process of its own; one that fails (memory, say) is tried no more, and its name left out."""
     context, best, failed = multiprocessing.get_context("spawn"), {}, set()
     for name in list(names) * args.rounds:
         if name in failed:

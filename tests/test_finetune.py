@@ -1,21 +1,29 @@
-"""A run that starts from trained weights: RadiT on another grid and with new data sets, a VAE with more latent channels."""
+"""A run that starts from trained weights: RadiT on another grid and with new data sets, a VAE with more latent
+channels."""
 import dataclasses
+import random
 
+import numpy as np
+import phantom
 import pytest
 import torch
 
+import radit
 import sample
+import train
 from autoencoder import lora
+from autoencoder.load import load_vae
 from autoencoder.widen import widen
 from common import cli, hub
-from radiographs import fields
+from radiographs import fields, pixels
+from radiographs.index import COLUMNS, index_row
 from radit import RadiT, RadiTConfig
 from training import finetune
 from vae import RadVAE, VAEConfig
 
 COVERED = {"dataset": {"PadChest": 5, "own": 2}, "sex": {"male": 4}, "age": [20, 50]}
-BASE = RadiTConfig(channels=8, grid=(4, 4), width=64, depth=2, heads=2, datasets=(*fields.DATASETS, "own"), covered=COVERED,
-                   vae="0123456789abcdef")
+BASE = RadiTConfig(channels=8, grid=(4, 4), width=64, depth=2, heads=2, datasets=(*fields.DATASETS, "own"),
+                   covered=COVERED, vae="0123456789abcdef")
 RECORDS = [{"age": 30.0, "sex": "male", "dataset": "own"}, {"dataset": "PadChest"}, {}]
 
 
@@ -55,7 +63,7 @@ def test_another_grid_has_the_same_weights(base):
 
 
 def test_other_images_than_the_bases_are_refused(base):
-    for shape, vae, message in (((8, 4, 4), "fedcba9876543210", "the VAE 0123456789abcdef, .* the VAE fedcba9876543210"),
+    for shape, vae, message in (((8, 4, 4), "fedcba9876543210", "VAE 0123456789abcdef, .* VAE fedcba9876543210"),
                                 ((8, 4, 4), "", "the VAE 0123456789abcdef, and the new images are pixels"),
                                 ((4, 4, 4), BASE.vae, "made for 8 channels, and the new images have 4")):
         with pytest.raises(cli.InputError, match=message):
@@ -159,7 +167,7 @@ def autoencoder():
 def test_a_widened_vae_reconstructs_as_its_base_does(autoencoder):
     x, old = torch.rand(2, 1, 16, 16) * 2 - 1, 4 * 3
     same = widen(autoencoder).eval()
-    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), autoencoder.state_dict().values(), strict=True))
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in autoencoder.state_dict().items())
     assert torch.equal(same.decode(same.encode(x)[0]), autoencoder.decode(autoencoder.encode(x)[0]))
     wide = widen(autoencoder, 5).eval()
     for ours, theirs in zip(wide.encode(x), autoencoder.encode(x)):
@@ -181,3 +189,123 @@ def test_new_channels_are_put_to_use(autoencoder):
         wide(x, noise)[0].square().mean().backward()
         optimizer.step()
     assert wide.decoder.conv_in.weight[:, 3:].abs().max() > 0 and wide.quant_conv.weight.grad[3:5].abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The commands
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two small prepared sources, of 32 and of 64 pixels, and a VAE."""
+    root = tmp_path_factory.mktemp("sources")
+    rng = torch.Generator().manual_seed(0)
+    for name, side in (("old", 32), ("new", 64)):
+        (root / name / "images").mkdir(parents=True)
+        rows = []
+        for i in range(12):
+            image = torch.rand(1, side, side, generator=rng) * 2 - 1
+            pixels.save_image(image, root / name / f"images/{i}.png")
+            record = {"path": f"images/{i}.png", "patient": f"p{i}", "split": "train" if i < 9 else "valid"}
+            rows.append(index_row(record | {"dataset": name, "age": 30.0 + i}))
+        cli.write_csv(root / name / "index.csv", COLUMNS, rows)
+    return root
+
+
+QUICK = ["--images", "8", "--batch", "4", "--log-every", "1", "--save-every", "2", "--warmup", "1", "--lr", "0.03",
+         "--no-compile"]
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+@pytest.fixture
+def pixel_base(sources, tmp_path, monkeypatch):
+    """The weights of a short run on pixels."""
+    monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
+    monkeypatch.setattr(train.RadiTTask, "preview", lambda *_: {})
+    call(monkeypatch, "radit", "--data", sources / "old", "--pixels", "--patch", 8, "--size", "XS",
+         "--out", tmp_path / "base", *QUICK)
+    return tmp_path / "base/weights"
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", 2]], ids=["whole", "lora"])
+def test_a_run_starts_from_weights(sources, pixel_base, tmp_path, monkeypatch, more):
+    tuned, options = tmp_path / "tuned", ["radit", "--data", sources / "new", "--pixels", "--init", pixel_base]
+    call(monkeypatch, *options, "--out", tuned, *QUICK, *more)
+    base, _ = sample.load_weights(pixel_base)
+    model, _ = sample.load_weights(tuned / "weights")
+    assert model.config.grid == (64, 64) and base.config.grid == (32, 32) and model.config.patch == 8
+    assert model.config.datasets == (*base.config.datasets, "new") and base.config.datasets[-1] == "old"
+    assert model.config.covered["dataset"] == {"old": 9, "new": 9}
+    moved = {name for name, tensor in base.state_dict().items() if tensor.shape == model.state_dict()[name].shape
+             and not torch.equal(tensor, model.state_dict()[name])}
+    assert "blocks.0.qkv.weight" in moved and ("embed.weight" in moved) == (not more)
+    assert (tuned / "weights/radit/lora.json").exists() == bool(more)
+    for flag, value in (("--size", "XS"), ("--patch", 8), ("--shift", 2)):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *options, "--out", tmp_path / "no", flag, value)
+    call(monkeypatch, *options, "--out", tuned, *QUICK, *more)      # the same command again: finished already
+
+
+def test_adapters_without_weights_are_refused(sources, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "radit", "--data", sources / "old", "--pixels", "--lora-rank", 2, "--out", tmp_path / "run")
+    assert "name them with --init" in capsys.readouterr().err
+
+
+def test_a_vae_is_trained_on_with_more_channels_on_squares(sources, autoencoder, tmp_path, monkeypatch):
+    hub.save_model(autoencoder, tmp_path / "base")
+    sizes = []
+    forward = RadVAE.forward
+    monkeypatch.setattr(RadVAE, "forward", lambda model, x, noise: sizes.append(x.shape) or forward(model, x, noise))
+    options = ["vae", "--data", sources / "new", "--init", tmp_path / "base", *QUICK]
+    call(monkeypatch, *options, "--latent-channels", 5, "--crop", 16, "--widths", "8,16", "--out", tmp_path / "run")
+    assert load_vae(tmp_path / "run/weights/vae").config == dataclasses.replace(autoencoder.config, latent_channels=5)
+    assert set(sizes) == {(4, 1, 16, 16)}
+    for more, message in ((["--crop", 10], "--crop 10: not a multiple of 4"),
+                          (["--crop", 128], "more than the images' 64"),
+                          (["--widths", "8,8"], r"--widths \(8, 8\): with --init it is the base's, \(8, 16\)"),
+                          (["--latent-channels", 2], "the base has 3")):
+        with pytest.raises(cli.InputError, match=message):
+            call(monkeypatch, *options, "--out", tmp_path / "no", *more)
+    assert not (tmp_path / "no").exists()
+
+
+def test_squares_are_parts_of_their_images():
+    x = torch.arange(2 * 6 * 8.0).view(2, 1, 6, 8)
+    squares = train.random_squares(x, 4, torch.tensor([[0.0, 0.0], [0.999, 0.999]]))
+    assert torch.equal(squares[0], x[0, :, :4, :4]) and torch.equal(squares[1], x[1, :, 2:, 4:])
+    starts = train.random_squares(x[:1].expand(500, -1, -1, -1), 4, torch.rand(500, 2))[:, 0, 0, 0]
+    assert set(starts.tolist()) == {8.0 * i + j for i in range(3) for j in range(5)}
+
+
+@pytest.mark.slow
+def test_a_new_data_set_is_learnt_and_the_old_one_stays(phantoms, phantom_weights, tmp_path, monkeypatch):
+    """The new data set's images are the phantoms' negatives, which the base never saw."""
+    new = tmp_path / "negatives"
+    (new / "images").mkdir(parents=True)
+    rows, rng = [], np.random.default_rng(0)
+    for i in range(200):
+        record = phantom.random_record(random.Random(i)) | {"dataset": "negatives"}
+        image = 1 - 2 * torch.from_numpy(phantom.draw(record, rng))[None].float()
+        pixels.save_image(image, new / f"images/{i}.png")
+        place = {"path": f"images/{i}.png", "patient": f"{i}", "split": "train" if i < 180 else "valid"}
+        rows.append(index_row(record | place))
+    cli.write_csv(new / "index.csv", COLUMNS, rows)
+    call(monkeypatch, "radit", "--data", phantoms, new, "--pixels", "--init", phantom_weights, "--out", tmp_path / "run",
+         "--images", 8000, "--batch", 32, "--lr", 3e-4, "--warmup", 500, "--ema", 2000, "--log-every", 50,
+         "--save-every", 250, "--no-compile")
+    model, _ = sample.load_weights(tmp_path / "run/weights")
+    base, _ = sample.load_weights(phantom_weights)
+    record = {"age": 60.0, "sex": "male", "cardiomegaly": "positive", "support_devices": "negative",
+              "pleural_effusion": "negative"}
+    truth = 2 * torch.from_numpy(phantom.draw(record, np.random.default_rng(0))).float() - 1
+
+    def alike(net, dataset):
+        images, _ = sample.generate(net, None, [record | {"dataset": dataset}] * 4, range(4), steps=10)
+        return torch.corrcoef(torch.stack([images.mean((0, 1)).flatten(), truth.flatten()]))[0, 1].item()
+
+    assert alike(model, "negatives") < -0.5 and alike(model, "phantom") > 0.7
+    assert alike(model, "phantom") > alike(base, "phantom") - 0.1

@@ -1,4 +1,5 @@
-"""Pixel space at the paper's 512x512: tokens, the files of a run, and drawing from them, with a model of one narrow block."""
+"""Pixel space at the paper's 512x512: tokens, the files of a run, and drawing from them, with a model of one narrow
+block."""
 import json
 
 import numpy as np

@@ -78,7 +78,8 @@ def test_equals_diffusers_flux2(flux2):
     image = peer.decode(posterior.mean).sample
     assert image.std(1).mean() > 1e-3                                # else its mean would say little
     assert ours.decode(mean).shape == x.shape
-    # In float32 the peer is 1.2e-5 away from itself in float64 on a CPU with AVX2, so the architecture is compared in float64.
+    # In float32 the peer is 1.2e-5 away from itself in float64 on a CPU with AVX2, so the architecture is compared in
+    # float64.
     assert torch.allclose(ours.decode(mean), image.mean(1, keepdim=True), atol=5e-5)
     image = peer.double().decode(posterior.mean.double()).sample
     latent = (patchify(posterior.mean.double()) - peer.bn.running_mean[:, None, None]) / (peer.bn.running_var + 1e-4)[:, None, None].sqrt()
@@ -87,7 +88,8 @@ def test_equals_diffusers_flux2(flux2):
 
 
 def flux2_skeleton(channels, c, widths, layers, groups):
-    """The modules of src/flux2/autoencoder.py under their names there, `up` built from the coarsest level and stored from
+    """The modules of src/flux2/autoencoder.py under their names there, `up` built from the coarsest level and stored
+    from
     the finest; random weights, no forward."""
     def conv(a, b, k=3):
         return nn.Conv2d(a, b, k)
@@ -126,7 +128,8 @@ def test_black_forest_labs_names_by_diffusers_own_converter(tmp_path):
     assert "decoder.up.3.block.0.norm1.weight" in theirs and "encoder.down.1.block.0.nin_shortcut.weight" in theirs
     theirs = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
     safetensors.torch.save_file(theirs, tmp_path / "ae.safetensors")
-    # The converter is the one of Stable Diffusion's autoencoder, which keeps the two convolutions outside and has no bn.
+    # The converter is the one of Stable Diffusion's autoencoder, which keeps the two convolutions outside and has no
+    # bn.
     outside = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): theirs[name] for name in theirs}
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
     expected = utils.convert_ldm_vae_checkpoint(outside, config) | {k: v for k, v in theirs.items() if k.startswith("bn.")}

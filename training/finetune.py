@@ -6,7 +6,8 @@
                     that of "unknown", which is what the base would have called them
     coverage        the base's and the new data's: what could be asked for before still can be
 
-With no step of training the result samples the same pictures as the base. The average (EMA) starts from the same weights.
+With no step of training the result samples the same pictures as the base. The average (EMA) starts from the same
+weights.
 """
 import dataclasses
 
@@ -35,8 +36,8 @@ def merge_coverage(base, new):
 def extend_config(base, shape, vae, **described):
     """The configuration of a fine-tuned model.
 
-    base: RadiTConfig. shape: (C, H, W) of the new training images or latents. vae: fingerprint of the VAE that made them,
-    empty for pixels. described: `datasets`, `covered` and other fields of RadiTConfig that the new data decide.
+    base: RadiTConfig. shape: (C, H, W) of the new training images or latents. vae: fingerprint of the VAE that made
+    them, empty for pixels. described: `datasets`, `covered` and other fields of RadiTConfig that the new data decide.
     Raises InputError if the base was trained on something else than such images.
     """
     if vae != base.vae:
@@ -44,10 +45,12 @@ def extend_config(base, shape, vae, **described):
             return f"latents of the VAE {fingerprint}" if fingerprint else "pixels"
         raise InputError(f"--init: these weights were trained on {name(base.vae)}, and the new images are {name(vae)}")
     if shape[0] != base.channels:
-        raise InputError(f"--init: these weights are made for {base.channels} channels, and the new images have {shape[0]}")
+        raise InputError(f"--init: these weights are made for {base.channels} channels, "
+                         f"and the new images have {shape[0]}")
     new = [name for name in described.pop("datasets") if name not in base.datasets]
     covered = merge_coverage(base.covered, described.pop("covered"))
-    return dataclasses.replace(base, grid=tuple(shape[1:]), datasets=(*base.datasets, *new), covered=covered, **described)
+    return dataclasses.replace(base, grid=tuple(shape[1:]), datasets=(*base.datasets, *new), covered=covered,
+                               **described)
 
 
 @torch.no_grad()
