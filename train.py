@@ -16,6 +16,7 @@ RUN/ checkpoints/        see training/checkpoint.py         log.jsonl, loss.png 
 
     python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
     python train.py radit --data PREPARED... --latents LATENTS --vae VAE --size XS --out RUN
+    python train.py radit --data PREPARED... --latents LATENTS --init WEIGHTS [--lora-rank 8] --out RUN     fine-tuning
 
 On several GPUs the same commands start with `torchrun --nproc_per_node=8 train.py ...`; see training/README.md.
 """
@@ -36,17 +37,20 @@ import vae
 from autoencoder import lora
 from autoencoder.latents import Latents, evaluate, names_of
 from autoencoder.load import copy_vae, load_vae, locate_vae
+from autoencoder.widen import widen
 from common import cli, hub
 from common.cli import InputError, pick_device
 from encoders import raddino
 from radiographs import fields, pixels
-from training import checkpoint, dry_run, parallel
+from training import checkpoint, dry_run, finetune, parallel
 from training.examples import Examples, made_up_metadata
 from training.log import Log, check_logger, means
 from training.options import (RADIT_EXAMPLES, VAE_EXAMPLES, Help, TrainConfig, add_common_options, add_radit_options,
                               add_vae_options, config_of)
 from training.randomness import RandomNumbers, batches, generator
 
+# Options that --init decides.
+FROM_BASE = {"vae": ("channels", "widths", "layers", "groups"), "radit": ("size", "patch", "prediction", "shift")}
 STOPPED = 75    # the exit status of a run that was asked to stop
 ASK_EVERY = 8   # steps after which several processes ask each other whether one was told to stop
 
@@ -203,16 +207,17 @@ def leave_stopped(writer, log, out, seen):
 class VAETask:
     """Rad-VAE on images; the picture shows held-out images: original, reconstruction, difference. `encoder` (None, or
     one of raddino.py) measures the reconstructions, and teaches too if its weight is not 0. `base`: a VAE whose decoder
-    gets a LoRA."""
+    gets a LoRA. `crop`: the side of the squares to train on, in pixels; None for whole images."""
     name = "vae"
 
-    def __init__(self, config, held_out, kl_weight, encoder=None, perceptual_weight=0.0, base=None):
-        self.config, self.held_out, self.raw, self.base = config, held_out, [], base
+    def __init__(self, config, held_out, kl_weight, encoder=None, perceptual_weight=0.0, base=None, crop=None):
+        self.config, self.held_out, self.raw, self.base, self.crop = config, held_out, [], base, crop
         self.kl_weight, self.encoder, self.perceptual_weight = kl_weight, encoder, perceptual_weight
         self.about = {"kl_weight": kl_weight} | ({"perceptual_weight": perceptual_weight} if encoder else {})
+        self.about |= {"crop": crop} if crop else {}
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             model = vae.RadVAE(config)
-            model.decode(model.encode(held_out[:1].to("meta"))[0])
+            model.decode(model.encode(held_out[:1, :, :crop, :crop].to("meta"))[0])
         self.flops = 3 * counter.get_total_flops()
 
     def reconstruct(self, model, x, rng):                            # N 1 H W
@@ -224,7 +229,9 @@ class VAETask:
         return *vae.vae_loss(x, y, mean, logvar, kl_weight=self.kl_weight, encoder=encoder,
                              perceptual_weight=self.perceptual_weight), mean
 
-    def loss(self, model, x, rng):
+    def loss(self, model, x, rng):                                   # N 1 H W
+        if self.crop:
+            x = random_squares(x, self.crop, rng.uniform(2))         # N 1 crop crop
         loss, terms, mean = self.reconstruct(model, x, rng)
         self.raw.append(mean.detach().float())
         return loss, terms
@@ -260,13 +267,21 @@ class VAETask:
             pixels.save_image(pixels.grid(torch.cat([x, y, y - x]), columns=8), path)
 
 
+def random_squares(x, side, where):                                  # N 1 H W, N 2 in [0, 1)
+    """One square of each image, anywhere in it: convolutions learn the same from parts, at less cost."""
+    places = torch.tensor([x.shape[2] - side + 1, x.shape[3] - side + 1])
+    corners = (where.cpu() * places).long().tolist()                 # row and column of the first pixel
+    return torch.stack([image[:, i:i + side, j:j + side] for image, (i, j) in zip(x, corners)])  # N 1 side side
+
+
 class RadiTTask:
     """RadiT on latents or pixels; the picture shows what the EMA makes of fixed noise and metadata. `vae_folder`: of
     the latents' VAE, which is copied beside the weights, so that they can be sampled from as they are."""
-    name, about = "radit", {}
+    name = "radit"
 
-    def __init__(self, config, held_out, decoder, vae_folder=None):
+    def __init__(self, config, held_out, decoder, vae_folder=None, about=None):
         self.config, self.held_out, self.decoder, self.vae_folder = config, held_out, decoder, vae_folder
+        self.about = about or {}
         self.flops = 3 * radit.count_flops(config)
 
     def flow(self, model, batch, rng, drop):
@@ -286,7 +301,10 @@ class RadiTTask:
         return losses.mean(), {"loss_by_t": bins}
 
     def save(self, ema, folder):
-        hub.save_model(ema, folder)
+        if lora.adapters(ema):
+            lora.save(ema, folder)                                   # beside the base, which lies there from the start
+        else:
+            hub.save_model(ema, folder)
         if self.vae_folder:
             copy_vae(self.vae_folder, folder.parent / "vae")
 
@@ -344,22 +362,37 @@ def train_radit(args, cfg):
     parallel.join()
     examples, held_out, described = parallel.on_first(lambda: read_radit_data(args))
     decoder = load_vae(args.vae).to(pick_device()[0]) if args.latents else None
-    width, depth, heads = radit.SIZES[args.size]
     shape = held_out[0].shape[1:]                                    # C H W
-    if args.pixels and (shape[1] % args.patch or shape[2] % args.patch):
-        raise InputError(f"--patch {args.patch} does not divide the images' side of {shape[1]} pixels")
-    config = radit.RadiTConfig(
-        channels=shape[0], grid=tuple(shape[1:]), patch=args.patch if args.pixels else 1, width=width, depth=depth,
-        heads=heads, prediction=args.prediction or ("data" if args.pixels else "velocity"), shift=args.shift,
-        vae=decoder.fingerprint if decoder else "", **described)
+    vae_fingerprint = decoder.fingerprint if decoder else ""
+    if args.init:
+        base, _ = sample.load_weights(args.init)
+        config = finetune.extend_config(base.config, shape, vae_fingerprint, **described)
+    else:
+        width, depth, heads = radit.SIZES[args.size or "B"]
+        patch = (args.patch or 16) if args.pixels else 1
+        if shape[1] % patch or shape[2] % patch:
+            raise InputError(f"--patch {patch} does not divide the images' side of {shape[1]} pixels")
+        config = radit.RadiTConfig(
+            channels=shape[0], grid=tuple(shape[1:]), patch=patch, width=width, depth=depth, heads=heads,
+            prediction=args.prediction or ("data" if args.pixels else "velocity"), shift=args.shift or 1.0,
+            vae=vae_fingerprint, **described)
     # Adam's rate falls as the width grows (Yang et al. 2022, table 3); 1e-3 was found good at XS's width, nothing was
-    # tuned beyond.
-    cfg.lr = 1e-3 * 256 / width if cfg.lr is None else cfg.lr
+    # tuned beyond. Trained weights take smaller steps; adapters start from zero.
+    if cfg.lr is None:
+        cfg.lr = 1e-3 * 256 / config.width * (0.1 if args.init and not args.lora_rank else 1)
     if args.dry_run:
         return dry_run.show(args, cfg, config, len(examples), decoder)
     torch.manual_seed(cfg.seed)
-    model = radit.RadiT(config)
-    train(RadiTTask(config, held_out, decoder, args.vae if decoder else None), model, examples, cfg, args.out,
+    model, about = radit.RadiT(config), {}
+    if args.init:
+        model = finetune.extend(base, config)
+        about = {"init": hub.fingerprint(args.init / "radit"), "lora_rank": args.lora_rank}
+    if args.lora_rank:  # only adapters are trained; their base, with its new data sets, lies beside them
+        folder = args.out / "weights" / "radit"
+        parallel.on_first(lambda: hub.save_model(model, folder))
+        model.fingerprint = hub.fingerprint(folder / "model.safetensors")
+        lora.add(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+    train(RadiTTask(config, held_out, decoder, args.vae if decoder else None, about), model, examples, cfg, args.out,
           compiled=model.blocks if args.compile else (), recomputed=model.blocks if args.recompute else (),
           sharded=model.blocks if args.fsdp else (), logger=args.logger,
           may_change=("covered", "examples") if args.changed_labels else ())
@@ -370,24 +403,35 @@ def train_vae(args, cfg):
     dataset = parallel.on_first(lambda: data.Radiographs(args.data, "train"))
     held_out = parallel.on_first(lambda: data.Radiographs(args.data, "valid"))
     held_out = torch.stack([held_out[i] for i in range(0, len(held_out), max(1, len(held_out) // 64))][:64])
-    if not args.base and held_out.shape[-1] % 2 ** len(args.widths):
-        raise InputError(f"{len(args.widths)} widths need images whose side is a multiple of {2 ** len(args.widths)} "
-                         f"pixels, not {held_out.shape[-1]}")
     torch.manual_seed(cfg.seed)
     if args.base:  # only adapters are trained
         model = load_vae(args.base)
         lora.add(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+    elif args.init:
+        base = load_vae(args.init)
+        model = widen(base, args.latent_channels)
     else:
-        config = vae.VAEConfig(args.channels, args.latent_channels, args.widths, args.layers, args.groups)
-        model = vae.RadVAE(config)
+        given = {name: getattr(args, name) for name in ("channels", "latent_channels", "widths", "layers", "groups")}
+        model = vae.RadVAE(vae.VAEConfig(**{name: value for name, value in given.items() if value is not None}))
+    cell, side = 2 ** len(model.config.widths), held_out.shape[-1]   # pixels of a latent cell, of an image
+    if not args.base and side % cell:
+        raise InputError(f"{len(model.config.widths)} widths need images whose side is a multiple of {cell} pixels, "
+                         f"not {side}")
+    if args.crop and (args.crop % cell or args.crop > side):
+        raise InputError(f"--crop {args.crop}: not a multiple of {cell} pixels, or more than the images' {side}")
     encoder = raddino.load_encoder(args.encoder).to(pick_device()[0]) if args.encoder else None
-    task = VAETask(model.config, held_out, args.kl_weight, encoder, args.perceptual_weight, args.base)
+    task = VAETask(model.config, held_out, args.kl_weight, encoder, args.perceptual_weight, args.base, args.crop)
     if args.base:
         task.about |= {"base": model.fingerprint, "lora_rank": args.lora_rank}
-    cfg.lr = 1e-3 if cfg.lr is None else cfg.lr
+    if args.init:
+        task.about |= {"init": base.fingerprint}
+    if cfg.lr is None:
+        cfg.lr = 1e-4 if args.init else 1e-3
     # Channels last is what bfloat16 convolutions want; in float32 it costs a quarter of the speed on a CPU.
     layout = torch.channels_last if pick_device()[1] else torch.contiguous_format
-    train(task, model.to(memory_format=layout), dataset, cfg, args.out, logger=args.logger)
+    # In bfloat16 a small VAE that was compiled trained far worse than an eager one (torch 2.13 on a CPU).
+    compiled = (model,) if args.compile and args.crop and not pick_device()[1] else ()
+    train(task, model.to(memory_format=layout), dataset, cfg, args.out, compiled=compiled, logger=args.logger)
 
 
 def main():
@@ -404,9 +448,17 @@ def main():
     cfg = config_of(args)
     if not getattr(args, "dry_run", None):
         parallel.micro_batch(cfg.batch, cfg.accumulate)              # refuses before anything is read or written
+    if args.init:
+        for name in FROM_BASE[args.command]:
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} {getattr(args, name)}: with --init it is that of the weights; leave it out")
     if args.command == "vae":
         train_vae(args, cfg)
     else:
+        if args.lora_rank and not args.init:
+            parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
+        if args.init and args.latents and not args.vae:
+            args.vae = args.init / "vae"
         if args.latents and not args.vae:
             parser.error("--latents needs --vae, the VAE that they were made with")
         if args.fsdp and not (parallel.launched or args.dry_run):

@@ -158,7 +158,7 @@ class Decoder(nn.Module):
     def forward(self, z):                                            # N c h w
         x = self.mid_block(self.conv_in(z))                          # N w h w
         for level in self.up_blocks:
-            x = level(x)                                             # N wi, twice as high and wide after each but the last
+            x = level(x)                                             # N wi, twice as large after each but the last
         return self.conv_out(F.silu(self.conv_norm_out(x)))          # N 1 H W
 
 
@@ -170,8 +170,8 @@ def unpatchify(z):
     return rearrange(z, "n (c p q) h w -> n c (h p) (w q)", p=2, q=2)
 
 
-# Pixels that encode() and decode() work on at a time: four images of 128x128, which stay in a CPU's caches (1.3 times as
-# fast as sixteen at once), but always whole images.
+# Pixels that encode() and decode() work on at a time, in whole images: four of 128x128 stay in a CPU's caches, which
+# sixteen do not.
 SLICE = 2 ** 16
 
 

@@ -224,7 +224,7 @@ def call(monkeypatch, *arguments):
 def pixel_base(sources, tmp_path, monkeypatch):
     """The weights of a short run on pixels."""
     monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
-    monkeypatch.setattr(train.RadiTTask, "preview", lambda *_: {})
+    monkeypatch.setattr(train.RadiTTask, "picture", lambda *_: None)
     call(monkeypatch, "radit", "--data", sources / "old", "--pixels", "--patch", 8, "--size", "XS",
          "--out", tmp_path / "base", *QUICK)
     return tmp_path / "base/weights"
@@ -252,7 +252,7 @@ def test_a_run_starts_from_weights(sources, pixel_base, tmp_path, monkeypatch, m
 def test_adapters_without_weights_are_refused(sources, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "radit", "--data", sources / "old", "--pixels", "--lora-rank", 2, "--out", tmp_path / "run")
-    assert "name them with --init" in capsys.readouterr().err
+    assert "name these with --init" in capsys.readouterr().err
 
 
 def test_a_vae_is_trained_on_with_more_channels_on_squares(sources, autoencoder, tmp_path, monkeypatch):
@@ -261,15 +261,16 @@ def test_a_vae_is_trained_on_with_more_channels_on_squares(sources, autoencoder,
     forward = RadVAE.forward
     monkeypatch.setattr(RadVAE, "forward", lambda model, x, noise: sizes.append(x.shape) or forward(model, x, noise))
     options = ["vae", "--data", sources / "new", "--init", tmp_path / "base", *QUICK]
-    call(monkeypatch, *options, "--latent-channels", 5, "--crop", 16, "--widths", "8,16", "--out", tmp_path / "run")
+    call(monkeypatch, *options, "--latent-channels", 5, "--crop", 16, "--out", tmp_path / "run")
     assert load_vae(tmp_path / "run/weights/vae").config == dataclasses.replace(autoencoder.config, latent_channels=5)
-    assert set(sizes) == {(4, 1, 16, 16)}
+    assert (4, 1, 16, 16) in sizes and (4, 1, 64, 64) not in sizes[:2]   # the held-out images stay whole
     for more, message in ((["--crop", 10], "--crop 10: not a multiple of 4"),
                           (["--crop", 128], "more than the images' 64"),
-                          (["--widths", "8,8"], r"--widths \(8, 8\): with --init it is the base's, \(8, 16\)"),
                           (["--latent-channels", 2], "the base has 3")):
         with pytest.raises(cli.InputError, match=message):
             call(monkeypatch, *options, "--out", tmp_path / "no", *more)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *options, "--out", tmp_path / "no", "--widths", "8,8")
     assert not (tmp_path / "no").exists()
 
 
@@ -295,8 +296,8 @@ def test_a_new_data_set_is_learnt_and_the_old_one_stays(phantoms, phantom_weight
         rows.append(index_row(record | place))
     cli.write_csv(new / "index.csv", COLUMNS, rows)
     call(monkeypatch, "radit", "--data", phantoms, new, "--pixels", "--init", phantom_weights,
-         "--out", tmp_path / "run", "--images", 8000, "--batch", 32, "--lr", 3e-4, "--warmup", 500, "--ema", 2000, "--log-every", 50,
-         "--save-every", 250, "--no-compile")
+         "--out", tmp_path / "run", "--images", 8000, "--batch", 32, "--lr", 3e-4, "--warmup", 500, "--ema", 2000,
+         "--log-every", 50, "--save-every", 250, "--no-compile")
     model, _ = sample.load_weights(tmp_path / "run/weights")
     base, _ = sample.load_weights(phantom_weights)
     record = {"age": 60.0, "sex": "male", "cardiomegaly": "positive", "support_devices": "negative",

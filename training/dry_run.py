@@ -34,7 +34,7 @@ def show(args, cfg, config, examples, decoder):
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     name = torch.cuda.get_device_name(device) if memory else device.type
     layout = "FSDP" if args.fsdp else "DDP" if processes > 1 else "one process"
-    rows = [("model", f"RadiT {args.size}, {radit.count_parameters(config):,} parameters, {config.tokens:,} tokens an image, "
+    rows = [("model", f"RadiT, {radit.count_parameters(config):,} parameters, {config.tokens:,} tokens an image, "
                       f"{config.prediction} prediction; a micro-batch is {tuple(shape)}"),
             ("data", f"{examples:,} training examples, "
                      f"{', '.join(config.covered.get('dataset', {})) or 'no data set named'}"),

@@ -22,7 +22,7 @@ class TrainConfig:
     images: int = option(1_000_000, MANY, "stop after this many images seen")
     batch: int = option(16, cli.integer(1, 10 ** 6), "images a step, over all processes")
     lr: float = option(None, cli.number(0, 1), "AdamW's learning rate after the warm-up; if not given 0.001 for the VAE, "
-                                               "0.001 x 256 / width for RadiT")
+                                               "0.001 x 256 / width for RadiT, and a tenth of it with --init")
     warmup: int = option(8_000, cli.integer(0, 10 ** 12), "images over which the learning rate rises from 0")
     cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which it falls to 0")
     clip: float = option(1.0, cli.number(1e-6, 1e6), "largest norm of the gradient; larger ones are scaled down to it")
@@ -38,6 +38,7 @@ class TrainConfig:
 RADIT_EXAMPLES = """
 examples:
   python train.py radit --data data/nih --latents runs/latents --vae runs/vae/weights/vae --size XS --out runs/radit
+  python train.py radit --data data/mine --latents runs/mine --init weights/demo --out runs/finetuned
   torchrun --nproc_per_node=8 train.py radit --data data/* --pixels --patch 32 --size L --accumulate 4 --out runs/pixels
 """
 VAE_EXAMPLES = """
@@ -65,15 +66,19 @@ def config_of(args):
 
 
 def add_radit_options(p):
-    p.add_argument("--size", choices=radit.SIZES, default="B", help="see python radit.py")
+    p.add_argument("--init", type=Path, help="fine-tune these weights: a folder that holds radit/, or a name on the Hub")
+    p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), help="with --init: train adapters of this rank only")
+    p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
+    p.add_argument("--size", choices=radit.SIZES, help="see python radit.py; B if not given")
     space = p.add_mutually_exclusive_group(required=True)
     space.add_argument("--latents", type=Path, help="made by python -m autoencoder encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
-    p.add_argument("--patch", type=cli.integer(1, 4096), default=16, help="pixels a token on each side, with --pixels")
+    p.add_argument("--patch", type=cli.integer(1, 4096), help="with --pixels: side of a token in pixels, 16 if not given")
     p.add_argument("--prediction", choices=("velocity", "data"), help="what the network predicts, see flow.py; "
                                                                      "if not given, velocity for latents and data for pixels")
-    p.add_argument("--shift", type=cli.number(0.01, 100), default=1.0, help="time shift towards noise; above 1 for many tokens")
+    p.add_argument("--shift", type=cli.number(0.01, 100),
+                   help="time shift towards noise, above 1 for many tokens; 1 if not given")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
     p.add_argument("--recompute", action="store_true", help="compute each block's activations again in the backward pass "
@@ -85,15 +90,23 @@ def add_radit_options(p):
 
 
 def add_vae_options(p):
-    p.add_argument("--widths", type=cli.integers(1, 10 ** 4), default=(128, 256, 512, 512), help="channels of each level, finest first")
-    p.add_argument("--layers", type=cli.integer(1, 100), default=2, help="residual blocks a level")
-    p.add_argument("--groups", type=cli.integer(1, 10 ** 4), default=32, help="of GroupNorm")
-    p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4), default=32, help="of a latent cell of 8x8 pixels at four widths")
-    p.add_argument("--channels", type=int, choices=(1, 3), default=1, help="of the VAE's image; grey is repeated to 3")
+    p.add_argument("--widths", type=cli.integers(1, 10 ** 4),
+                   help="channels of each level, finest first; 128,256,512,512 if not given")
+    p.add_argument("--layers", type=cli.integer(1, 100), help="residual blocks of each level; 2 if not given")
+    p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="of GroupNorm; 32 if not given")
+    p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
+                   help="of a latent cell of 8x8 pixels at four widths; 32 if not given, with --init the base's or more")
+    p.add_argument("--channels", type=int, choices=(1, 3), help="of the VAE's image, 1 if not given; grey is repeated to 3")
+    p.add_argument("--crop", type=cli.integer(1, 10 ** 4), help="train on random squares of so many pixels, one an image")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
+                   help="with --crop and in float32: compile the model, which needs a C++ compiler")
     p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="of the loss's KL term")
     p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
     p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=PUBLISHED_WEIGHT,
                    help="of the encoder's loss; %(default).2f as published, 0 measures only")
-    p.add_argument("--base", type=Path, help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="train on from these weights: a VAE's folder, or its name on the Hub")
+    start.add_argument("--base", type=Path,
+                       help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
     p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), default=32, help="with --base")
     p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
