@@ -1,25 +1,44 @@
 """The causal model of the 19 metadata fields, and what it is for: patients, cohorts, counterfactual radiographs.
 
-    python -m causal graph --out graph.png
-    python -m causal fit PREPARED... --out MODEL [--graph MINE.json] [--without race] [--closed-world]
-    python -m causal sample MODEL -n 1000 --do cardiomegaly=positive --out patients.csv
-    python -m causal counterfactual MODEL ROWS.csv --do age=80 --out older.csv
-    python -m causal check MODEL PREPARED
-    python -m causal cohort --balance sex,age --n 1000 --out cohort.csv
-    python -m causal edit IMAGE --given sex=male --set pleural_effusion=positive
+    python -m causal graph --out out/graph.png
+    python -m causal fit data/nih --out runs/causal
+    python -m causal check runs/causal data/nih
+    python -m causal sample runs/causal -n 1000 --do cardiomegaly=positive --out out/patients.csv
+    python -m causal counterfactual runs/causal data/nih --do age=80 --out out/older.csv
+    python -m causal cohort --balance sex,age --n 1000 --out out/cohort.csv
+    python -m causal edit out/images/0000.png --given sex=male --set pleural_effusion=positive
+    python -m causal edit-all data/nih --from sex=male --set sex=female --out out/women
+
+`python -m causal COMMAND --help` explains the options of a command.
 """
 import argparse
 from pathlib import Path
 
 import torch
 
-from causal import cohort, edit, mechanisms, patients
+from causal import cohort, edit_command, mechanisms, patients
 from causal.graph import (DETERMINED, GRAPH, check_graph, draw_graph,
                           print_graph, read_graph)
-from causal.mechanisms import CausalConfig
 from common import cli, hub
 from common.cli import InputError
 from radiographs.index import COLUMNS, index_records, index_row, read_index
+
+SEED = cli.integer(0, 2 ** 61)
+
+
+def graph_command(args):
+    graph = read_graph(args.graph) if args.graph else GRAPH
+    print_graph(graph)
+    if args.json:
+        cli.write_json(args.json, graph)
+    if args.out:
+        draw_graph(graph, args.out)
+
+
+def without(graph, names):
+    """The graph without some variables and their arrows."""
+    return {name: [parent for parent in parents if parent not in names]
+            for name, parents in graph.items() if name not in names}
 
 
 def fit_command(args):
@@ -27,107 +46,141 @@ def fit_command(args):
     for name in args.without:
         if name not in graph:
             raise InputError(f"--without {name}: not in the graph; its variables are {', '.join(graph)}")
-    graph = {name: [p for p in graph[name] if p not in args.without] for name in graph if name not in args.without}
-    classes, splits, datasets = patients.read_classes(args.indices, args.closed_world)
+    graph = without(graph, args.without)
+    classes, splits, datasets, closed = patients.read_classes(args.indices, args.open_world)
+    for folder in closed:
+        print(f"{folder}: no row has a negative finding beside a positive one, so findings that a row does not mention "
+              "are read as negative (--open-world leaves them unknown)")
     train, valid = (torch.tensor([split == part for split in splits]) for part in ("train", "valid"))
-    names = [name for name in check_graph(graph) if name != DETERMINED]
-    config = CausalConfig(graph, {}, datasets, args.closed_world)
+    if not train.any():
+        raise InputError(f"{', '.join(map(str, args.indices))}: no row in the split train")
+
+    config = mechanisms.CausalConfig(graph, {}, tuple(datasets), closed_world=len(closed) == len(args.indices))
     config.source, config.rows = [path.name for path in args.indices], int(train.sum())
+    names = [name for name in check_graph(graph) if name != DETERMINED]
     config.shares = patients.count_shares(classes[train], config, names)
+    unknown = [name for name in names if name not in config.shares]
+    if unknown:
+        print(f"no training row knows {', '.join(unknown)}: left out of the model")
+        config.graph = without(graph, unknown)
+        names = [name for name in check_graph(config.graph) if name != DETERMINED]
+    if not names:
+        raise InputError(f"{', '.join(map(str, args.indices))}: no training row knows a variable of the graph")
     classes = classes[:, [patients.CLASS_COLUMNS.index(name) for name in names]]
     model = mechanisms.fit(classes[train], config, args.steps, seed=args.seed, progress=True)
     hub.save_model(model, args.out, torch.float32)
     if valid.any():
-        for i, name in enumerate(names):                             # a value that training never held is unknown
-            held = torch.tensor(config.shares[name]) > 0
-            classes[~held[classes[:, i].long()], i] = -1
-        held = classes[valid] + torch.rand(int(valid.sum()), len(names), generator=torch.Generator().manual_seed(args.seed))
-        print(f"{len(held):,} held-out rows (valid)")
-        patients.print_calibration(patients.calibration(model, torch.where(classes[valid] < 0, torch.nan, held.double())))
+        print_held_out(model, classes[valid], args.seed)
     print(f"{config.rows:,} training rows, {args.steps} steps, seed {args.seed}: the model is in {args.out}")
+
+
+def print_held_out(model, classes, seed):
+    """The calibration on held-out classes (N, M), each at a random place in its interval; a value that training never
+    held counts as unknown."""
+    inside = torch.rand(classes.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for i, name in enumerate(model.names):
+        held = torch.tensor(model.config.shares[name]) > 0
+        classes[~held[classes[:, i].long()], i] = -1
+    print(f"{len(classes):,} held-out rows (valid)")
+    patients.print_calibration(patients.calibration(model, torch.where(classes < 0, torch.nan, classes + inside)))
 
 
 def check_command(args):
     model = patients.load(args.model)
     records = [record for record in index_records(args.index) if record["split"] == "test"]
-    if model.config.closed_world:
-        records = [patients.close_world(record) for record in records]
     if not records:
         raise InputError(f"{args.index}: no row in the split test")
-    said = [{name: record[name] for name in model.names if name in record} for record in records]
-    kept = [{name: value for name, value in record.items() if patients.covers(model, name, value)} for record in said]
-    places = patients.to_places(model, kept, range(len(kept)))
-    print(f"{len(kept):,} rows (test), {sum(map(len, said)) - sum(map(len, kept))} values left out that training never held")
+    if model.config.closed_world:
+        records = [patients.close_world(record) for record in records]
+    known = [patients.covered_part(model, record) for record in records]
+    places = patients.to_places(model, known, range(len(known)))
+    print(f"{len(records):,} rows (test); {patients.count_uncovered(model, records):,} values that training never held "
+          "count as unknown")
     patients.print_calibration(patients.calibration(model, places))
-    result = patients.check(model, places)
-    for name in ("composition", "reversibility"):
-        equal, total, years = result[name]
+    for name, (equal, total, years) in patients.check(model, places).items():
         print(f"{name}: {equal:,} of {total:,} discrete values come back, ages within {years:.1e} years")
-    print("effectiveness: {:,} of {:,} rows show the value that was set".format(*result["effectiveness"]))
+
+
+def sample_command(args):
+    model = patients.load(args.model)
+    records = patients.sample(model, args.n, patients.parse_do(args.do, model), args.seed)
+    records = [{"path": f"images/{i}.png", "patient": f"synthetic-{i}", "split": "train"} | record
+               for i, record in enumerate(records, args.seed)]
+    cli.write_csv(args.out, COLUMNS, map(index_row, records))
+    print(f"{len(records):,} rows in {args.out}")
+
+
+def counterfactual_command(args):
+    model = patients.load(args.model)
+    do, records = patients.parse_do(args.do, model), read_index(args.rows)
+    if uncovered := patients.count_uncovered(model, records):
+        print(f"{uncovered:,} values that the model's training never held count as unknown and stay as they are")
+    records = patients.counterfactual(model, records, do, args.seed)
+    cli.write_csv(args.out, COLUMNS, map(index_row, records))
+    print(f"{len(records):,} rows in {args.out}")
+
+
+def add_fit_arguments(parser):
+    parser.add_argument("indices", nargs="+", type=Path, metavar="INDEX", help="a prepared source, or a table like its "
+                        "index.csv")
+    parser.add_argument("--out", type=cli.new_path, required=True, help="folder of the model")
+    parser.add_argument("--graph", type=Path, help="a graph of your own, as JSON; see python -m causal graph --json")
+    parser.add_argument("--without", nargs="+", default=[], metavar="FIELD", help="leave these variables out")
+    parser.add_argument("--open-world", action="store_true", help="leave findings that a row does not mention unknown, "
+                        "even where the table only lists what was found")
+    parser.add_argument("--steps", type=cli.integer(1, 10 ** 7), default=8000, help="training steps (default: 8000)")
+    parser.add_argument("--seed", type=SEED, default=0)
+
+
+def add_do_arguments(parser):
+    parser.add_argument("--do", action="append", default=[], metavar="FIELD=VALUE", help="set a field by intervention")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the first row; each further row has the next one")
+    parser.add_argument("--out", type=cli.new_path, required=True, help="a table like index.csv")
+
+
+def build_parser():
+    parser = cli.Parser(prog="python -m causal", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name, function, text, description=None):
+        command = commands.add_parser(name, help=text, description=description or f"{text[0].upper()}{text[1:]}.",
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(function=function)
+        return command
+
+    command = add("graph", graph_command, "print the graph, write it as JSON, plot it")
+    command.add_argument("--graph", type=Path, help="a graph of your own, as JSON; without it the paper's")
+    command.add_argument("--json", type=cli.new_path, help="write it here, to be changed and given to fit --graph")
+    command.add_argument("--out", type=cli.new_path, help="plot it here, as PNG")
+    add_fit_arguments(add("fit", fit_command, "learn the mechanisms from the split train of one or several indices"))
+    command = add("check", check_command, "calibration, composition and reversibility on the split test")
+    command.add_argument("model", type=Path)
+    command.add_argument("index", type=Path)
+    command = add("sample", sample_command, "sample whole patients")
+    command.add_argument("model", type=Path)
+    command.add_argument("-n", type=cli.integer(1, 10 ** 7), default=1000, help="how many (default: 1000)")
+    add_do_arguments(command)
+    command = add("counterfactual", counterfactual_command, "change the rows of a table by intervention")
+    command.add_argument("model", type=Path)
+    command.add_argument("rows", type=Path, help="a prepared source, or a table like its index.csv")
+    add_do_arguments(command)
+    command = add("cohort", cohort.cohort_command, "a table of metadata for sample.py --metadata", cohort.__doc__)
+    cohort.add_arguments(command)
+    command = add("edit", edit_command.edit_command, "the same radiograph, had one thing been different",
+                  edit_command.__doc__)
+    edit_command.add_arguments(command)
+    command = add("edit-all", edit_command.edit_all_command, "edit held-out images, for python -m diagnosis stress",
+                  edit_command.EDIT_ALL)
+    edit_command.add_all_arguments(command)
+    return parser
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("graph", help="print the graph, write it as JSON, draw it")
-    p.add_argument("--graph", type=Path, help="a graph of your own, as JSON; without it the paper's")
-    p.add_argument("--json", type=Path, help="write it here, to be changed and given to fit --graph")
-    p.add_argument("--out", type=Path, help="draw it here, as PNG")
-    p = commands.add_parser("fit", help="learn the mechanisms from the split train of one or several indices")
-    p.add_argument("indices", nargs="+", type=Path, metavar="INDEX", help="prepared source, or a table like its index.csv")
-    p.add_argument("--out", type=Path, required=True, help="folder of the model")
-    p.add_argument("--graph", type=Path, help="a graph of your own, as JSON")
-    p.add_argument("--without", nargs="+", default=[], metavar="FIELD", help="leave out what no row knows")
-    p.add_argument("--closed-world", action="store_true", help="unmentioned findings are negative")
-    p.add_argument("--steps", type=cli.positive, default=8000)
-    p.add_argument("--seed", type=int, default=0)
-    p = commands.add_parser("check", help="calibration, composition, effectiveness, reversibility on the split test")
-    p.add_argument("model", type=Path)
-    p.add_argument("index", type=Path)
-    for name, text in (("sample", "draw whole patients"), ("counterfactual", "change the rows of a table by intervention")):
-        p = commands.add_parser(name, help=text)
-        p.add_argument("model", type=Path)
-        if name == "sample":
-            p.add_argument("-n", type=cli.positive, default=1000, help="how many")
-        else:
-            p.add_argument("rows", type=Path, help="a prepared source, or a table like its index.csv")
-        p.add_argument("--do", action="append", default=[], metavar="FIELD=VALUE", help="set a field by intervention")
-        p.add_argument("--seed", type=int, default=0, help="of the first row; the next has the next")
-        p.add_argument("--out", type=Path, required=True, help="a table like index.csv")
-    cohort.add_arguments(commands.add_parser("cohort", help="a table of whom to draw, for sample.py --metadata"))
-    edit.add_arguments(commands.add_parser("edit", help="the same radiograph, had one thing been different",
-                                           description=edit.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
-    args = parser.parse_args()
-
-    if args.command == "edit":
-        return edit.edit_command(args)
-
-    torch.set_num_threads(1)                                         # the matrices are small: a second thread only waits
-    if args.command == "graph":
-        graph = read_graph(args.graph) if args.graph else GRAPH
-        print_graph(graph)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            cli.write_json(args.json, graph)
-        if args.out:
-            draw_graph(graph, args.out)
-    elif args.command == "fit":
-        fit_command(args)
-    elif args.command == "check":
-        check_command(args)
-    elif args.command == "cohort":
-        cohort.cohort_command(args)
-    else:
-        model = patients.load(args.model)
-        do = patients.parse_do(args.do, model)
-        if args.command == "counterfactual":
-            records = patients.counterfactual(model, read_index(args.rows), do, args.seed)
-        else:
-            records = [{"path": f"images/{i}.png", "patient": f"synthetic-{i}", "split": "train"} | record
-                       for i, record in enumerate(patients.sample(model, args.n, do, args.seed), args.seed)]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        cli.write_csv(args.out, COLUMNS, map(index_row, records))
-        print(f"{len(records):,} rows in {args.out}")
+    args = build_parser().parse_args()
+    if args.command in ("fit", "check", "sample", "counterfactual"):
+        torch.set_num_threads(1)                                     # small matrices: a second thread only waits
+    args.function(args)
 
 
 if __name__ == "__main__":

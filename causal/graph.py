@@ -1,16 +1,20 @@
 """The expert graph of the 19 variables as data: checked, replaceable, drawn.
 
-{variable: [its parents]}; the paper (arXiv 2606.19460) draws 29 arrows between 16 variables. Dataset and View have none.
-No Finding is this project's addition: it follows from the findings by a rule and has no mechanism (see determined).
+{variable: [its parents]}. The paper (arXiv 2606.19460) draws 29 arrows between 16 variables; dataset and view have
+none. No Finding is this project's addition: it follows from the findings by a rule and has no mechanism (see
+determined).
 """
 import graphlib
 import itertools
-import json
-import os
+from statistics import mean
 
+import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
 
-from common.cli import InputError
+from common.cli import InputError, read_json, whole_file
 from radiographs import fields
 
 DETERMINED = "no_finding"
@@ -38,7 +42,8 @@ def check_graph(graph):
             raise InputError(f"{name} is a parent in the graph, but not a variable of its own: add {name}: []")
     for name in graph.get(DETERMINED, ()):
         if name not in FINDINGS:
-            raise InputError(f"no_finding follows from the findings, and {name} is none; accepted: {', '.join(FINDINGS)}")
+            raise InputError(f"no_finding follows from the findings, and {name} is none; accepted: "
+                             f"{', '.join(FINDINGS)}")
     for child, parents in graph.items():
         if DETERMINED in parents:
             raise InputError(f"no_finding follows from the findings and causes nothing: take the arrow to {child} away")
@@ -51,19 +56,19 @@ def check_graph(graph):
 
 def read_graph(path):
     try:
-        return check_graph(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+        return check_graph(read_json(path))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def kind(graph, name):
-    """What a variable is in the graph, in one word."""
-    arrows = [(parent, child) for child in graph if child != DETERMINED for parent in graph[child]]
+    """What a variable is: determined, mechanism (it has parents), root (it only has children) or exogenous."""
     if name == DETERMINED:
         return "determined"
-    return "mechanism" if graph[name] else "root" if any(name == parent for parent, _ in arrows) else "exogenous"
+    if graph[name]:
+        return "mechanism"
+    is_parent = any(name in graph[child] for child in graph if child != DETERMINED)
+    return "root" if is_parent else "exogenous"
 
 
 def print_graph(graph):
@@ -73,30 +78,92 @@ def print_graph(graph):
         print(f"{name:28}{kind(graph, name):12}{'<- ' + ', '.join(parents) if parents else ''}")
 
 
-def draw_graph(graph, path):
-    """One row a generation: every variable stands below its parents, and its arrows have its colour. Dashed: exogenous,
-    or determined."""
+# ---------------------------------------------------------------------------------------------------------
+# Drawing. Lengths are in inches.
+
+BENDS = (0, 0.12, -0.12, 0.24, -0.24, 0.36, -0.36, 0.5, -0.5, 0.7, -0.7)  # of an arrow, as a share of its length
+BOX_HEIGHT, ROW_HEIGHT, COLUMN_WIDTH = 0.36, 1.25, 2.3
+
+
+def place_variables(graph, stagger):
+    """{variable: (x, y, width)}: the middle of its box, and how wide it is. One row for each generation, parents above;
+    the variables without arrows (exogenous and determined) stand in the lowest row. Odd rows are moved to the left and
+    even rows to the right by the share `stagger` of a column, so that arrows find a way between the boxes."""
     depth = {}
     for name, parents in check_graph(graph).items():
         depth[name] = 1 + max((depth[parent] for parent in parents), default=-1)
-    place, figure = {}, Figure(figsize=(13, 9), layout="constrained")
-    axes, color = figure.subplots(), {name: f"C{i}" for i, name in enumerate(graph)}
-    for level in range(max(depth.values()) + 1):
-        row = [name for name in graph if depth[name] == level]
-        place |= {name: ((i + 0.5 + 0.15 * (-1) ** level) / len(row), -level) for i, name in enumerate(row)}
-    for name, (x, y) in place.items():
-        dashed = kind(graph, name) in ("exogenous", "determined")
-        text = name.replace("_", " ") + (f"\n({kind(graph, name)})" if dashed else "")
-        axes.text(x, y, text, ha="center", va="center", zorder=3, fontsize=11,
-                  bbox={"boxstyle": "round", "fc": "white", "ec": color[name], "lw": 2, "ls": "--" if dashed else "-"})
-        for parent in graph[name] if name != DETERMINED else ():      # its arrows would hide all others
-            arrow = {"arrowstyle": "-|>", "color": color[parent], "lw": 1.5}
-            axes.annotate("", (x, y + 0.13), place[parent], arrowprops=arrow, zorder=1)
-    axes.set(xlim=(-0.05, 1.05), ylim=(-max(depth.values()) - 0.4, 0.4))
+    apart = [name for name in graph if kind(graph, name) in ("exogenous", "determined")]
+    rows = [[name for name in graph if depth[name] == level and name not in apart] for level in range(len(graph))]
+    rows = [row for row in rows if row] or [[]]
+    places, columns = {}, max(len(row) for row in [*rows[:-1], rows[-1] + apart])
+    for i, row in enumerate(rows):
+        def wanted(name):                                            # under its parents, so that arrows are short
+            return mean([places[parent][0] for parent in graph[name]] or [0])
+        row = sorted(row, key=wanted) + (apart if row is rows[-1] else [])
+        for j, name in enumerate(row):
+            x = (j + 0.5 + stagger * (-1) ** i) * columns * COLUMN_WIDTH / len(row)
+            places[name] = wanted(name) if len(row) == 1 and i else x, -i * ROW_HEIGHT, 0.3 + 0.09 * len(name)
+    return places
+
+
+def bend_arrow(places, parent, child):
+    """An arrow as a quadratic Bezier curve from the lower edge of the parent's box to the upper edge of the child's:
+    start, control point, end, and how many other boxes it runs through. Of BENDS it takes the first with the fewest."""
+    start = np.array(places[parent][:2]) - (0, BOX_HEIGHT / 2)
+    end = np.array(places[child][:2]) + (0, BOX_HEIGHT / 2)
+    across = np.array([end[1] - start[1], start[0] - end[0]])        # as long as the arrow, at a right angle to it
+    others = np.array([places[name] for name in places if name not in (parent, child)]).reshape(-1, 3)
+    t, best = np.linspace(0, 1, 50)[:, None], None
+    for bend in BENDS:
+        control = (start + end) / 2 + bend * across
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t ** 2 * end          # 50 points, x and y
+        beside = np.abs(curve[:, None, 0] - others[:, 0]) < others[:, 2] / 2 + 0.08      # 50 points, boxes
+        level = np.abs(curve[:, None, 1] - others[:, 1]) < BOX_HEIGHT / 2 + 0.08
+        hits = int((beside & level).any(0).sum())
+        if best is None or hits < best[3]:
+            best = start, control, end, hits
+    return best
+
+
+def arrange(graph):
+    """The places of the variables and {(parent, child): (start, control point, end)}, from the stagger with the fewest
+    arrows that run through a box. No Finding has no arrows here: all findings lead to it."""
+    arrows = [(parent, child) for child in graph if child != DETERMINED for parent in graph[child]]
+    fewest = None
+    for stagger in (0.12, 0, 0.06, 0.18, 0.24, -0.06, -0.12, -0.18, -0.24):
+        places = place_variables(graph, stagger)
+        curves = {arrow: bend_arrow(places, *arrow) for arrow in arrows}
+        hits = sum(curve[3] for curve in curves.values())
+        if fewest is None or hits < fewest:
+            fewest, best = hits, (places, {arrow: curve[:3] for arrow, curve in curves.items()})
+    return best
+
+
+def draw_graph(graph, path):
+    """The graph as a PNG: an arrow has the colour of its parent's box; dashed boxes have no arrows."""
+    places, curves = arrange(graph)
+    left = min(x - width / 2 for x, _, width in places.values()) - 0.3
+    right = max(x + width / 2 for x, _, width in places.values()) + 0.3
+    low = min(y for _, y, _ in places.values()) - 0.5
+    figure = Figure(figsize=(right - left, 1 - low))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(low, 1))
     axes.axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=80)
-    os.replace(f"{path}.tmp", path)
+    title = f"Causal graph: {len(graph)} variables, {len(curves)} arrows"
+    axes.text((left + right) / 2, 0.6, title, ha="center", fontsize=15)
+    parents = [name for name in graph if any(name == parent for parent, _ in curves)]
+    colors = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(parents)}
+    for name, (x, y, _) in places.items():
+        alone = kind(graph, name) in ("exogenous", "determined")
+        text = name.replace("_", " ") + (f"\n({kind(graph, name)})" if alone else "")
+        line = "--" if alone else "-"
+        box = {"boxstyle": "round", "fc": "white", "lw": 2, "ec": colors.get(name, "grey"), "ls": line}
+        axes.text(x, y, text, ha="center", va="center", fontsize=11, bbox=box, zorder=3)
+    for (parent, _), curve in curves.items():
+        path_codes = [Path.MOVETO, Path.CURVE3, Path.CURVE3]
+        axes.add_patch(FancyArrowPatch(path=Path(curve, path_codes), arrowstyle="-|>", mutation_scale=14, lw=1.5,
+                                       color=colors[parent]))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def determined(graph, record):

@@ -1,28 +1,28 @@
-"""The mechanisms of the causal model: one continuous flow a variable, monotone, followed back to abduct.
+"""The mechanisms of the causal model: one continuous, monotone flow for each variable.
 
     mechanism   x_i = f_i(pa_i, u_i), u_i ~ N(0, 1): the map from t = 0 to 1 of  dx/dt = v(x, t, i, pa_i)
     abduction   u_i = f_i(pa_i, .)^-1 (x_i): the same equation, followed back
-    loss        E |v(x_t, t, i, pa_i) - (x - u)|^2,  x_t = (1 - t) u + t x,  u sorted like x among rows of the same parents
+    loss        E |v(x_t, t, i, pa_i) - (x - u)|^2,  x_t = (1 - t) u + t x,  u sorted as x among rows of equal parents
 
-In one dimension the map is monotone, so it is the optimal transport of N(0, 1) to p(x_i | pa_i), and a counterfactual is
-x* = F^-1(F(x | pa) | pa*), F the distribution function of x given its parents: the rank among one's like is kept.
+In one dimension the map is monotone, so it is the optimal transport of N(0, 1) to p(x_i | pa_i), and a counterfactual
+is x* = F^-1(F(x | pa) | pa*), F the distribution function of x given its parents: the rank among one's like is kept.
 Sources: arXiv 2510.08294 (optimal couplings identify counterfactuals), Lipman et al. 2023 (flow matching).
 
-Discrete factors. Each value owns an interval of the line, as wide under N(0, 1) as the value is frequent; a row that shows
-the value lies somewhere in it. Its place is drawn from the row's seed, away from the edges by 1e-4 of the interval; what
-follows is deterministic, so the value comes back exactly. With no parents, or parents that say nothing, v = 0. Age is cut
-into years in the same way, but an age keeps its place in its year: whole years stand for the year around them. The order
-of the values is that of fields.py; for dataset, race and view it is a convention, and so is their counterfactual.
+Discrete factors. Each value owns an interval of the line, as wide under N(0, 1) as the value is frequent; a row that
+shows the value lies somewhere in it. Its place is random, from the row's seed, away from the edges by 1e-4 of the
+interval; what follows is deterministic, so the value comes back exactly. With no parents, or parents that say
+nothing, v = 0. Age is cut into years in the same way, but an age keeps its place in its year: whole years stand for
+the year around them. The order of the values is that of fields.py; for dataset, race and view it is a convention, and
+so is their counterfactual.
 
-Unknown values. A row trains the mechanisms of the variables that it knows, with those parents that it knows: an unknown
-parent adds nothing to the network's input. In half of the rows known parents are hidden too, at random, so that every
-pattern can be asked for. If values are missing at random, the mechanism that lacks a parent is then the average over it.
-In a counterfactual what was unknown stays unknown, unless it is intervened on. `fit --closed-world` reads a finding that
-a row with other findings does not mention as negative (then as `settle` in fields.py would have it): tables made from
-lists of findings never say negative beside positive, and without it no arrow between two findings can be learnt from them.
+Unknown values. A row trains the mechanisms of the variables that it knows, with those parents that it knows: an
+unknown parent adds nothing to the network's input. In half of the rows known parents are hidden too, at random, so
+that every pattern can be asked for. If values are missing at random, the mechanism that lacks a parent is then the
+average over it. In a counterfactual what was unknown stays unknown, unless it is intervened on. Tables that only list
+what was found are another matter: see the closed world in patients.py.
 
-Conventions: t = 0 is noise. N rows, M variables with a mechanism in topological order, K values, S slots of what parents
-show, D width, P pairs drawn for training, B of them a step.
+Conventions: t = 0 is noise. N rows, M variables with a mechanism in topological order, K values, S slots of what
+parents show, D width, P pairs sorted for training, B of them a step.
 """
 import itertools
 import math
@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from causal.graph import DETERMINED, check_graph
+from common.cli import InputError
 from radiographs import fields
 
 YEARS = fields.MAX_AGE + 1  # classes of age: year k is [k - 0.5, k + 0.5)
@@ -44,16 +45,35 @@ POOL = 1 << 18              # rows a variable that training sorts at a time
 CHUNK = 1 << 14             # rows that the solver holds at a time
 
 
+def is_share(value):
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
 @dataclass
 class CausalConfig:
     graph: dict                              # variable -> its parents
-    shares: dict                             # variable -> share of each of its values in the rows that know it; age by year
+    shares: dict                             # variable -> share of each value in the rows that know it; age by year
     datasets: tuple = fields.DATASETS        # values of the variable "dataset"
-    closed_world: bool = False               # were unmentioned findings read as negative?
+    closed_world: bool = False               # whether unmentioned findings were read as negative (patients.py)
     width: int = 64                          # D
     depth: int = 2                           # layers that all variables share
     source: list = field(default_factory=list)    # names of the indices that it was fitted on
     rows: int = 0                            # and their training rows
+
+    def check(self):
+        """Refuses a configuration of which no model can be built, such as one from a damaged file. Raises
+        InputError."""
+        for name, low, high in (("width", 1, 4096), ("depth", 0, 64), ("rows", 0, 10 ** 12)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise InputError(f"{name} is {str(value)[:60]}, not a whole number from {low} to {high:,}")
+        names = [name for name in check_graph(self.graph) if name != DETERMINED]
+        if not isinstance(self.shares, dict) or set(self.shares) != set(names):
+            raise InputError("shares are not those of the graph's variables")
+        for name in names:
+            shares, count = self.shares[name], YEARS if name == "age" else len(self.values(name))
+            if not (isinstance(shares, list) and len(shares) == count and all(map(is_share, shares)) and any(shares)):
+                raise InputError(f"shares of {name}: not {count} numbers from 0 to 1, one for each value")
 
     def values(self, name):
         return tuple(self.datasets) if name == "dataset" else fields.VALUES[name]
@@ -68,6 +88,7 @@ class CausalModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        config.check()
         self.config, self.graph = config, check_graph(config.graph)
         self.names = [name for name in self.graph if name != DETERMINED]
         m, d, slots = len(self.names), config.width, []
@@ -184,8 +205,8 @@ class CausalModel(nn.Module):
 def coupled_noise(x, group, uniform):
     """Noise u ~ N(0, 1) for each x so that within a group u rises with x: the optimal coupling in one dimension.
 
-    The r-th of n in its group gets a draw from the r-th n-th of N(0, 1): in every group u is N(0, 1), however small n.
-    x, group (whole numbers), uniform in (0, 1): (n,) each -> (n,)."""
+    The r-th of n in its group gets a random number from the r-th of n equally likely parts of N(0, 1): in every group
+    u is N(0, 1), however small n. x, group (whole numbers), uniform in (0, 1): (n,) each -> (n,)."""
     _, group, size = torch.unique(group, return_inverse=True, return_counts=True)
     order = x.argsort()
     order = order[group[order].argsort(stable=True)]                 # by group, then by x
@@ -194,17 +215,18 @@ def coupled_noise(x, group, uniform):
     return torch.special.ndtri((rank + uniform) / size[group])
 
 
-def draw_pool(model, classes, rows, count, rng):
-    """`count` sorted pairs a variable: u, x (M P), and the classes of what x's parents show (M P M), -1 unknown."""
+def sort_pairs(model, classes, rows, count, rng):
+    """`count` pairs for each variable, sorted: u, x (M P), and the classes of what x's parents show (M P M), -1
+    unknown."""
     m = len(model.names)
     pick = torch.stack([known[torch.randint(len(known), (count,), generator=rng)] for known in rows])  # M P
     seen, i = classes[pick].long(), torch.arange(m)[:, None]         # M P M
-    own = seen[i, torch.arange(count), i]                            # M P
+    value = seen[i, torch.arange(count), i]                          # M P, of the variable itself
     # Half of the rows show all parents that they know; the others hide each with a rate of their own.
     rate = torch.rand(m, count, 1, generator=rng) * (torch.rand(m, count, 1, generator=rng) < 0.5)
     hidden = torch.rand(m, count, m, generator=rng) < rate
     seen = torch.where(hidden | ~model.parent[:, None], -1, seen)
-    x = model.score(own + EDGE + (1 - 2 * EDGE) * torch.rand(m, count, generator=rng, dtype=torch.float64), i)
+    x = model.score(value + EDGE + (1 - 2 * EDGE) * torch.rand(m, count, generator=rng, dtype=torch.float64), i)
     # One number for each pattern of shown values (digits in a mixed base) and variable. Ages are alike within a year.
     base = torch.tensor([1 + len(model.config.shares[name]) for name in model.names])
     group = ((seen + 1) * (base.cumprod(0) // base)).sum(-1) * m + i
@@ -213,7 +235,8 @@ def draw_pool(model, classes, rows, count, rng):
 
 
 def fit(classes, config, steps=8000, batch=256, seed=0, progress=False):
-    """The model trained on classes (N, M), columns as its names; every variable gets `batch` rows a step."""
+    """The model trained on classes (N, M), whose columns are the model's names; each step takes `batch` rows for each
+    variable."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     model = CausalModel(config)
@@ -224,7 +247,7 @@ def fit(classes, config, steps=8000, batch=256, seed=0, progress=False):
     bar = tqdm(range(steps), unit="step", disable=not progress)
     for step in bar:
         if step % pool == 0:
-            u, x, seen = draw_pool(model, classes, rows, min(pool, steps - step) * batch, rng)
+            u, x, seen = sort_pairs(model, classes, rows, min(pool, steps - step) * batch, rng)
         part = slice(step % pool * batch, (step % pool + 1) * batch)
         noise, target, parents = u[:, part], x[:, part], seen[:, part]
         inside = torch.rand(parents.shape, generator=rng)            # ages are known to the year

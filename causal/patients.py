@@ -1,19 +1,19 @@
-"""The causal model: patients drawn from an expert graph, changed by interventions, and what they would be otherwise.
+"""Patients drawn from the causal model, changed by interventions, and what they would be otherwise.
 
     sample           noise for every variable, then every mechanism, parents first
-    intervention     the mechanism of what is set is put aside: p(rest | do) is Pearl's truncated factorisation
+    intervention     replaces the mechanism of what is set: p(rest | do) is Pearl's truncated factorisation
     counterfactual   abduct a row's noise, set what is intervened on, follow every descendant with its own noise
 
-graph.py holds the graph of 19 variables, mechanisms.py the flows and what happens to discrete and to unknown values.
-Source: arXiv 2606.19460; Monteiro et al. 2023 (composition, effectiveness, reversibility), Pearl 2009.
+graph.py holds the graph of the 19 variables; mechanisms.py the flows, and what happens to discrete and to unknown
+values. Sources: arXiv 2606.19460; Pearl 2009; Monteiro et al. 2023 (composition and reversibility).
 
-Determined. No Finding follows from its parents: negative if one is positive, positive if all are negative, else unknown.
+No Finding has no mechanism. It is negative if one of its parents is positive, positive if all are negative, else
+unknown.
 
-    python -m causal graph --out graph.png
-    python -m causal fit PREPARED... --out MODEL [--graph MINE.json] [--without race] [--closed-world]
-    python -m causal sample MODEL -n 1000 --do cardiomegaly=positive --out patients.csv
-    python -m causal counterfactual MODEL ROWS.csv --do age=80 --out older.csv
-    python -m causal check MODEL PREPARED
+The closed world. Tables made from lists of findings (ChestX-ray14) name what was found and nothing else: no row of
+theirs says negative beside positive. Read as they are, only normal images would have negative findings. So in an
+index without such a row the findings that a row does not mention are read as negative. A model that was fitted on
+such indices alone reads the rows it is asked about in the same way.
 """
 import itertools
 
@@ -29,9 +29,11 @@ from radiographs.index import index_records
 # ---------------------------------------------------------------------------------------------------------
 # Records in and out
 
-def seeded(draw, count, seeds):
-    """One row a seed, the same in any batch."""
-    return torch.stack([draw(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
+def rows_from_seeds(distribution, count, seeds):
+    """(len(seeds), count) random numbers of a distribution (torch.rand or torch.randn); a row depends on its seed
+    alone."""
+    return torch.stack([distribution(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                        for seed in seeds])
 
 
 def covered(model, name):
@@ -46,6 +48,16 @@ def covers(model, name, value):
     return held[0] - 0.5 <= value < held[1] + 0.5 if name == "age" else value in held
 
 
+def covered_part(model, record):
+    """The values of a record that the model can abduct: of its variables, and held by its training data."""
+    return {name: record[name] for name in model.names if name in record and covers(model, name, record[name])}
+
+
+def count_uncovered(model, records):
+    """How many values of the model's variables its training data never held."""
+    return sum(name in record and not covers(model, name, record[name]) for record in records for name in model.names)
+
+
 def check_value(model, name, value):
     """Refuses what the model can neither set nor abduct."""
     if name == DETERMINED:
@@ -53,23 +65,27 @@ def check_value(model, name, value):
     if name not in model.names:
         raise InputError(f"{name} is no variable of this model; its variables are {', '.join(model.names)}")
     if not covers(model, name, value):
-        values = " to ".join(map(str, covered(model, name))) if name == "age" else ", ".join(covered(model, name))
+        held = covered(model, name)
+        values = f"{held[0]} to {held[1]}" if name == "age" else ", ".join(held)
         raise InputError(f"{name}={value} was not covered by the data of this model; covered: {values}")
 
 
 def to_places(model, records, seeds):
-    """Records (dicts of field -> value) as places (N, M). Where in its interval a discrete value lies is drawn from seeds,
-    one a record."""
+    """Records (dicts of field -> value) as places (N, M). Where in its interval a discrete value lies is random, from
+    one seed a record."""
     for record in records:
         for name in record.keys() & set(model.names):
             check_value(model, name, record[name])
-    inside = seeded(torch.rand, len(model.names), (2 * seed for seed in seeds)) * (1 - 2 * EDGE) + EDGE
+    inside = rows_from_seeds(torch.rand, len(model.names), (2 * seed for seed in seeds)) * (1 - 2 * EDGE) + EDGE
     places = torch.full_like(inside, torch.nan)
     for i, name in enumerate(model.names):
         for row, record in enumerate(records):
             if name in record:
                 value = record[name]
-                places[row, i] = value + 0.5 if name == "age" else model.config.values(name).index(value) + inside[row, i]
+                if name == "age":
+                    places[row, i] = value + 0.5
+                else:
+                    places[row, i] = model.config.values(name).index(value) + inside[row, i]
     return places
 
 
@@ -86,29 +102,36 @@ def to_records(model, places):
 def to_do(model, do):
     for name, value in do.items():
         check_value(model, name, value)
-    return {name: 0.5 + (value if name == "age" else model.config.values(name).index(value)) for name, value in do.items()}
+    return {name: 0.5 + (value if name == "age" else model.config.values(name).index(value))
+            for name, value in do.items()}
 
 
 def sample(model, n, do={}, seed=0):
-    """n whole patients as records, patient i from seed + i alone; do: field -> value, set by intervention for all, or a list
-    of n such dicts, one a patient, that set the same fields."""
-    noise = seeded(torch.randn, len(model.names), (2 * (seed + i) + 1 for i in range(n)))
+    """n whole patients as records, patient i from seed + i alone. do: field -> value, set by intervention for all, or
+    a list of n such dicts, one for each patient, that set the same fields."""
+    noise = rows_from_seeds(torch.randn, len(model.names), (2 * (seed + i) + 1 for i in range(n)))
     if isinstance(do, dict):
         return to_records(model, model.predict(noise, to_do(model, do)))
     places = [to_do(model, one) for one in do]
-    return to_records(model, model.predict(noise, {name: noise.new_tensor([one[name] for one in places]) for name in places[0]}))
+    columns = {name: noise.new_tensor([one[name] for one in places]) for name in places[0]}
+    return to_records(model, model.predict(noise, columns))
 
 
 def counterfactual(model, records, do, seed=0):
-    """The records as they would be under do. Unknown stays unknown; fields outside the model pass through.
-    No Finding changes only if a finding does. Record i is explained by seed + i; another seed, another explanation."""
-    factual = to_places(model, records, [seed + i for i in range(len(records))])
+    """The records as they would be under do. Record i is explained by seed + i: another seed, another explanation.
+
+    What is unknown stays unknown. Fields outside the model, and values that its training data never held, count as
+    unknown and are passed through. A model of a closed world closes the records first. A known No Finding changes
+    only if a finding does and the findings then contradict it."""
+    if model.config.closed_world:
+        records = [close_world(record) for record in records]
+    factual = to_places(model, [covered_part(model, record) for record in records],
+                        [seed + i for i in range(len(records))])
     places = model.predict(model.abduct(factual), to_do(model, do), factual)
     result = []
     for old, new, same in zip(records, to_records(model, places), (places == factual).tolist()):
         new = old | {name: new[name] for name, stays in zip(model.names, same) if not stays and name in new}
         if any(old.get(name) != new.get(name) for name in model.graph.get(DETERMINED, ())):
-            new.pop(DETERMINED, None)
             new |= determined(model.graph, new)
         result.append(new)
     return result
@@ -127,19 +150,33 @@ def to_classes(records, datasets):
     return torch.cat([years[:, None], codes - 1], 1).short()
 
 
-def read_classes(folders, closed_world=False):
-    """The rows of indices as classes (N, 19), their splits, and the names of the data sets."""
+def read_classes(folders, open_world=False):
+    """The rows of indices as classes (N, 19), their splits, the names of the data sets, and the indices that list
+    findings only, whose world is closed unless `open_world`."""
     parts, splits, datasets = [], [], list(fields.DATASETS)
-    records = itertools.chain.from_iterable(map(index_records, folders))
-    while chunk := list(itertools.islice(records, CHUNK)):
-        if closed_world:
-            chunk = [close_world(record) for record in chunk]
-        datasets += sorted({record["dataset"] for record in chunk if "dataset" in record} - set(datasets))
-        parts.append(to_classes(chunk, datasets))
-        splits += [record["split"] for record in chunk]
+    closed = [] if open_world else [folder for folder in folders if lists_findings_only(index_records(folder))]
+    for folder in folders:
+        records = index_records(folder)
+        while chunk := list(itertools.islice(records, CHUNK)):
+            if folder in closed:
+                chunk = [close_world(record) for record in chunk]
+            datasets += sorted({record["dataset"] for record in chunk if "dataset" in record} - set(datasets))
+            parts.append(to_classes(chunk, datasets))
+            splits += [record["split"] for record in chunk]
     if not parts:
         raise InputError(f"{', '.join(map(str, folders))}: the index has no rows")
-    return torch.cat(parts), splits, datasets
+    return torch.cat(parts), splits, datasets, closed
+
+
+def lists_findings_only(records):
+    """Whether some record has a positive finding and none has a negative finding beside a positive one."""
+    lists = False
+    for record in records:
+        values = {record.get(name) for name in FINDINGS}
+        if {"negative", "positive"} <= values:
+            return False
+        lists |= "positive" in values
+    return lists
 
 
 def close_world(record):
@@ -150,14 +187,15 @@ def close_world(record):
 
 
 def count_shares(classes, config, names):
-    """Variable -> share of each value. Raises InputError if no row knows the variable."""
+    """Variable -> share of each value. A variable that no row knows is absent."""
     shares = {}
     for name in names:
         column = classes[:, CLASS_COLUMNS.index(name)].long()
-        count = torch.bincount(column[column >= 0], minlength=YEARS if name == "age" else len(config.values(name))).double()
+        values = YEARS if name == "age" else len(config.values(name))
+        count = torch.bincount(column[column >= 0], minlength=values).double()
         if not count.sum():
-            raise InputError(f"no training row knows {name}: leave it out with --without {name}")
-        if name == "age":                                            # a year between others that nobody has: half a person
+            continue
+        if name == "age":                                            # a year in between that nobody has: half a person
             years = count.nonzero()
             count[years.min():years.max() + 1].clamp_(min=0.5)
         shares[name] = (count / count.sum()).tolist()
@@ -195,29 +233,29 @@ def agreement(model, a, b, which):
 
 
 def check(model, places):
-    """{"composition", "reversibility": agreement(...), "effectiveness": (rows that show what was set, rows)}.
+    """{"composition", "reversibility": agreement(...)}.
 
-    Composition: abduct, set nothing, predict everything. Reversibility: set each value of each variable that is a parent
-    (every tenth year), abduct anew from where that leads, set back, predict. Both keep the places inside the intervals."""
+    Composition: abduct, set nothing, predict everything. Reversibility: set each value of each variable that is a
+    parent (every tenth year), abduct anew from where that leads, set back, predict. Both keep the places inside the
+    intervals. (Effectiveness needs no check: an intervention sets the value itself.)"""
     noise, known = model.abduct(places), ~places.isnan()
-    effective, back, before = [], [], []
+    back, before = [], []
     for i, name in enumerate(model.names):
+        rows = known[:, i].nonzero()[:, 0].tolist()
+        if not rows or not model.parent[:, i].any():
+            continue
         values = [k for k, share in enumerate(model.config.shares[name]) if share]
         for k in values[::10 if name == "age" else 1]:
-            there = model.predict(noise, {name: k + 0.5}, places)
-            effective.append(there[:, i].floor() == k)
-            if rows := known[:, i].nonzero()[:, 0].tolist() if model.parent[:, i].any() else []:
-                home = model.predict(model.abduct(there[rows]), {name: places[rows, i]}, there[rows])
-                back.append(home), before.append(places[rows])
-    effective = torch.cat(effective)
+            there = model.predict(noise[rows], {name: k + 0.5}, places[rows])
+            back.append(model.predict(model.abduct(there), {name: places[rows, i]}, there))
+            before.append(places[rows])
     back, before = (torch.cat(parts) if parts else places[:0] for parts in (back, before))
     return {"composition": agreement(model, model.predict(noise), places, known),
-            "effectiveness": (int(effective.sum()), len(effective)),
             "reversibility": agreement(model, back, before, ~before.isnan())}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Commands
+# On disk and on the command line
 
 def load(folder):
     return hub.load_model(CausalModel, CausalConfig, folder).double()
@@ -227,11 +265,10 @@ def parse_do(items, model):
     """["age=80", ...] -> {"age": 80.0, ...}; raises InputError for what the model cannot set."""
     do = {}
     for item in items:
-        if "=" not in item:
-            raise InputError(f"--do {item}: not of the form FIELD=VALUE, such as cardiomegaly=positive")
-        name, text = item.split("=", 1)
-        do[name] = fields.parse_value(name, text, model.config.datasets)
-        if do[name] is None:
-            raise InputError(f"--do {item}: an intervention sets a value, and unknown is none")
-        check_value(model, name, do[name])
+        one = fields.parse_items([item], "--do", model.config.datasets)
+        if not one:
+            raise InputError(f"--do {item}: an intervention sets a value, and unknown is not a value")
+        for name, value in one.items():
+            check_value(model, name, value)
+        do |= one
     return do

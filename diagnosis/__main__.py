@@ -1,79 +1,171 @@
 """The diagnostic model, and what it says of real and of synthetic radiographs.
 
-    python -m diagnosis fit PREPARED... --out RUN                  small and from scratch, or --encoder DIR: Rad-DINO
-    python -m diagnosis evaluate PREPARED...                       AUROC, calibration, age error, each with an interval
-    python -m diagnosis robustness PREPARED... --by sex age        the same in subgroups: does it break on one?
-    python -m diagnosis control OUT                                do generated images show what was asked?
-    python -m diagnosis utility PREPARED... --synthetic OUT        train on real, synthetic, both; test on real
+    python -m diagnosis fit PREPARED... --out RUN                small and from scratch, or --encoder DIR: Rad-DINO
+    python -m diagnosis evaluate PREPARED...                     AUROC, calibration, age error, each with an interval
+    python -m diagnosis robustness PREPARED... --by sex age      the same in subgroups: is it worse in one of them?
+    python -m diagnosis stress EDITS --data PREPARED...          edited images: what will it do in another group?
+    python -m diagnosis control OUT                              do sampled images show what was asked?
+    python -m diagnosis check OUT [--redraw]                     which of them do not? Make those anew
+    python -m diagnosis utility PREPARED... --synthetic OUT      train on real, synthetic, both; test on real
 
-Source: the encoder is Rad-DINO's architecture; temperatures as in Guo et al. 2017. Not a medical device.
+Examples, on the embedded model:
+
+    python -m diagnosis evaluate data/nih data/hospital --json out/evaluate.json
+    python -m diagnosis check out/sample-1 --redraw
+
+Not a medical device.
 """
 import argparse
 from pathlib import Path
 
 import data
+import sample
 from common import cli
 from common.cli import InputError
-from diagnosis import classifier
+from diagnosis import check, classifier, stress
 from encoders import raddino
 from radiographs import fields
 from radiographs.index import SPLITS
 from train import TrainConfig
 
 
-def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("fit", "evaluate", "robustness", "control", "utility"):
-        p = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("data", nargs="+", type=Path, help="prepared sources")
-        if name in ("fit", "utility"):
-            p.add_argument("--out", type=Path, required=True, help="the run's folder; the same command continues it")
-            p.add_argument("--images", type=cli.positive, default=131_072, help="how many to see in training")
-            p.add_argument("--batch", type=cli.positive, default=32)
-            p.add_argument("--lr", type=float, default=5e-4)
-            p.add_argument("--seed", type=int, default=0)
-            p.add_argument("--width", type=cli.positive, default=192, help="of a model from scratch, a multiple of 64")
-            p.add_argument("--depth", type=cli.positive, default=6)
-            p.add_argument("--patch", type=cli.positive, default=8, help="pixels a token on each side")
-        else:
-            p.add_argument("--model", type=Path, default=classifier.DEMO)
-        p.add_argument("--json", type=Path, help="the same figures as a file")
-    commands.choices["fit"].add_argument("--encoder", type=Path, help="start from this encoder: Rad-DINO, or another classifier's")
-    for name in ("evaluate", "robustness"):
-        commands.choices[name].add_argument("--split", choices=SPLITS, default="test")
-    commands.choices["robustness"].add_argument("--by", nargs="+", choices=fields.GROUPS, default=["sex", "age", "view", "dataset"])
-    commands.choices["utility"].add_argument("--synthetic", nargs="+", type=Path, required=True, help="prepared sources, split train")
-    args = parser.parse_args()
+def training_settings(args):
+    """TrainConfig, and the EncoderConfig of a model from scratch."""
+    side = data.Radiographs(args.data)[0].shape[-1]
+    if args.width % 64:
+        raise InputError(f"--width {args.width} is not a multiple of 64")
+    if side % args.patch:
+        raise InputError(f"--patch {args.patch} does not divide {side} pixels")
+    cfg = TrainConfig(images=args.images, cooldown=args.images // 3, batch=args.batch, lr=args.lr, seed=args.seed,
+                      save_every=256)
+    return cfg, raddino.EncoderConfig(args.width, args.depth, args.width // 64, args.patch, side, channels=1)
 
-    if args.command in ("fit", "utility"):
-        cfg = TrainConfig(images=args.images, cooldown=args.images // 3, batch=args.batch, lr=args.lr, seed=args.seed,
-                                save_every=256)
-        side = data.Radiographs(args.data)[0].shape[-1]
-        if args.width % 64 or side % args.patch:
-            raise InputError(f"--width {args.width} is not a multiple of 64, or --patch {args.patch} does not divide {side} pixels")
-        config = raddino.EncoderConfig(args.width, args.depth, args.width // 64, args.patch, side, channels=1)
-    if args.command == "fit":
-        model = classifier.fit(args.data, args.out, cfg, args.encoder and raddino.load_encoder(args.encoder), config)
-        test = classifier.Labelled(args.data, "test", model.config.datasets)
-        report = {"test": classifier.measure(test, classifier.predict(model, test), model.config)}
-    elif args.command == "utility":
-        report = classifier.utility(args.data, args.synthetic, args.out, cfg, config)
-    else:
-        model = classifier.load(args.model)
-        dataset = classifier.Labelled(args.data, getattr(args, "split", None), model.config.datasets)
-        if args.command == "robustness":
-            report = classifier.robustness(model, dataset, args.by)
-        else:
-            report = {args.command: classifier.measure(dataset, classifier.predict(model, dataset), model.config)}
+
+def fit_command(args):
+    cfg, config = training_settings(args)
+    encoder = raddino.load_encoder(args.encoder) if args.encoder else None
+    model = classifier.fit(args.data, args.out, cfg, encoder, config)
+    test = classifier.Labelled(args.data, "test", model.config.datasets)
+    report_tables({"test": classifier.measure(test, classifier.predict(model, test), model.config)}, args.json)
+
+
+def utility_command(args):
+    cfg, config = training_settings(args)
+    report_tables(classifier.utility(args.data, args.synthetic, args.out, cfg, config), args.json)
+
+
+def evaluate_command(args):
+    model = classifier.load(args.model)
+    dataset = classifier.Labelled(args.data, args.split, model.config.datasets)
+    results = classifier.measure(dataset, classifier.predict(model, dataset), model.config)
+    report_tables({args.command: results}, args.json)
+
+
+def robustness_command(args):
+    model = classifier.load(args.model)
+    dataset = classifier.Labelled(args.data, args.split, model.config.datasets)
+    report_tables(classifier.robustness(model, dataset, args.by), args.json)
+
+
+def check_command(args):
+    if args.out and not args.redraw:
+        raise InputError("--out is the folder that --redraw writes; give --redraw too")
+    out = args.out or args.folder.with_name(f"{args.folder.name}-checked") if args.redraw else None
+    report = check.check(args.folder, args.model, args.weights, out)
+    check.print_report(report, args.folder, out)
+    write_report(report, args.json)
+
+
+def stress_command(args):
+    models = {}
+    for folder in args.model or [classifier.DEMO]:
+        if str(folder) in models:
+            raise InputError(f"--model {folder} is given twice")
+        models[str(folder)] = classifier.load(folder)
+    reports = {}
+    for folder in args.edits:
+        reports[str(folder)] = stress.stress(models, folder, args.data)
+        print(f"{folder}:")
+        stress.print_report(reports[str(folder)])
+    write_report(reports, args.json)
+
+
+def report_tables(report, json_path):
+    """Prints {title: rows of classifier.measure}, and writes it."""
     for title, results in report.items():
         classifier.print_table(results, title)
         for r in results:
             if r.get("worse"):
                 print(f"  {title}: {r['field']} {r['value']} is worse here than over all images")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        cli.write_json(args.json, report)
+    write_report(report, json_path)
+
+
+def write_report(report, json_path):
+    if json_path:
+        cli.write_json(json_path, report)
+
+
+def add_training_arguments(parser):
+    parser.add_argument("--out", type=cli.new_path, required=True, help="the run's folder; the same command continues "
+                        "it")
+    parser.add_argument("--images", type=cli.positive, default=131_072, help="how many to see in training")
+    parser.add_argument("--batch", type=cli.integer(1, 65_536), default=32)
+    parser.add_argument("--lr", type=cli.number(0, 1), default=5e-4)
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), default=0)
+    parser.add_argument("--width", type=cli.integer(64, 4096), default=192, help="of a model from scratch, a multiple "
+                        "of 64")
+    parser.add_argument("--depth", type=cli.integer(1, 64), default=6)
+    parser.add_argument("--patch", type=cli.integer(1, 64), default=8, help="pixels a token on each side")
+
+
+def build_parser():
+    parser = cli.Parser(prog="python -m diagnosis", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name, function, text, sources=True):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(function=function)
+        if sources:
+            command.add_argument("data", nargs="+", type=Path, help="prepared sources")
+        command.add_argument("--json", type=cli.new_path, help="write the same figures to this file")
+        return command
+
+    command = add("fit", fit_command, "train a diagnostic model and test it")
+    command.add_argument("--encoder", type=Path, help="start from this encoder: Rad-DINO, or another classifier's")
+    add_training_arguments(command)
+    command = add("utility", utility_command, "train on real, synthetic and both; test on real")
+    command.add_argument("--synthetic", nargs="+", type=Path, required=True, help="prepared sources, split train")
+    add_training_arguments(command)
+    for name, function, text in (("evaluate", evaluate_command, "how well the model reads held-out images"),
+                                 ("robustness", robustness_command, "the same in subgroups"),
+                                 ("control", evaluate_command, "whether sampled images show what was asked")):
+        command = add(name, function, text)
+        command.add_argument("--model", type=Path, default=classifier.DEMO)
+        command.set_defaults(split=None)
+        if name != "control":
+            command.add_argument("--split", choices=SPLITS, default="test")
+    commands.choices["robustness"].add_argument("--by", nargs="+", choices=fields.GROUPS,
+                                                default=["sex", "age", "view", "dataset"])
+    command = add("check", check_command, "which sampled images the model contradicts; make those anew", sources=False)
+    command.add_argument("folder", type=Path, help="a folder of sample.py")
+    command.add_argument("--redraw", action="store_true", help="write all images to a new folder, the contradicted "
+                         "ones made anew with other seeds")
+    command.add_argument("--out", type=cli.new_path, help="of --redraw: the new folder; FOLDER-checked, if not given")
+    command.add_argument("--weights", type=Path, default=sample.DEMO, help="of --redraw: those that filled the folder")
+    command.add_argument("--model", type=Path, default=classifier.DEMO)
+    command = add("stress", stress_command, "what edited images say of the model's use in another group", sources=False)
+    command.add_argument("edits", nargs="+", type=Path, help="folders of python -m causal edit-all")
+    command.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources that were edited")
+    command.add_argument("--model", action="append", type=Path, help="a classifier; more than one are ranked "
+                         "(default: the demo's)")
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    args.function(args)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""A diagnostic model: what a radiograph shows, field by field, and what that says of generated ones.
+"""A diagnostic model: what a radiograph shows, field by field, and what that says of synthetic ones.
 
-An encoder of raddino.py and one linear layer on its CLS feature: every coded field of fields.py is a softmax over its
-values, age is a number. A field that is unknown for an image gives no loss there.
+An encoder of encoders/raddino.py and one linear layer on its CLS feature: every coded field of fields.py is a softmax
+over its values, age is a number. A field that is unknown for an image gives no loss there.
 
-    python -m diagnosis fit PREPARED... --out RUN                  small and from scratch, or --encoder DIR: Rad-DINO
-    python -m diagnosis evaluate PREPARED...                       AUROC, calibration, age error, each with an interval
-    python -m diagnosis robustness PREPARED... --by sex age        the same in subgroups: does it break on one?
-    python -m diagnosis control OUT                                do generated images show what was asked?
-    python -m diagnosis utility PREPARED... --synthetic OUT        train on real, synthetic, both; test on real
+Intervals (95 %) count patients, not images, as one patient's images resemble each other. Of an AUROC it is Newcombe's
+score interval (2006, method 5): all theta with |estimate - theta| <= 1.96 sqrt(V(theta)), where for m positives and n
+negatives
 
-Source: the encoder is Rad-DINO's architecture; temperatures as in Guo et al. 2017. Not a medical device.
+    V(theta) = theta (1 - theta) / (m n) [1 + (k - 1) ((1 - theta) / (2 - theta) + theta / (1 + theta))]
+    k        = (m + n) / 2
+
+which holds its level with few positives, where a bootstrap does not; of an accuracy it is Wilson's, which solves the
+same equation with V = theta (1 - theta) / n; of the age's error a bootstrap over patients.
+
+Sources: Oquab et al. 2023 (DINOv2, the encoder's architecture), Guo et al. 2017 (temperatures). Not a medical device.
 """
 import math
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import rankdata
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +36,8 @@ from radiographs import fields, pixels
 from radiographs.fields import CODED
 from training import parallel
 
+Z = 1.959964  # of a 95 % interval
+FEW = 10      # positive or negative patients: below it an AUROC is marked, and never called worse than another
 DEMO = Path(__file__).parent.parent / "weights" / "demo" / "classifier"
 
 
@@ -40,6 +46,7 @@ class ClassifierConfig:
     encoder: EncoderConfig       # what looks at the image
     datasets: tuple              # values of the field dataset
     covered: dict                # what the training images hold (fields.coverage): other fields are not predicted
+    age_error: float = None      # years: the mean error of the predicted age on held-out images
 
     def __post_init__(self):
         self.encoder = EncoderConfig(**self.encoder) if isinstance(self.encoder, dict) else self.encoder
@@ -101,7 +108,8 @@ class ClassifierTask:
         years, logits = model(images, keep)
         known = age.isfinite()
         age_loss = torch.where(known, F.smooth_l1_loss(years / 20, age.nan_to_num() / 20, reduction="none"), 0).mean()
-        entropies = [F.cross_entropy(x.float(), code - 1, ignore_index=-1, reduction="sum") for x, code in zip(logits, codes.T)]
+        entropies = [F.cross_entropy(x.float(), code - 1, ignore_index=-1, reduction="sum")
+                     for x, code in zip(logits, codes.T)]
         return age_loss, sum(entropies) / len(images)
 
     def loss(self, model, batch, rng):
@@ -113,20 +121,22 @@ class ClassifierTask:
         return age_loss + entropy, {"age_loss": age_loss, "entropy": entropy}
 
     def measure(self, ema, micro):
-        results = measure(self.held_out, predict(ema, self.held_out), ema.config, repeats=0)
-        scores = {f"{r['field']} {r['value']}": round(r["auroc"], 3) for r in results if math.isfinite(r.get("auroc", math.nan))}
+        results = measure(self.held_out, predict(ema, self.held_out), ema.config, intervals=False)
+        scores = {f"{r['field']} {r['value']}": round(r["auroc"], 3) for r in results
+                  if math.isfinite(r.get("auroc", math.nan))}
         return {"held_out_auroc": float(np.mean(list(scores.values()))), "held_out_aurocs": scores,
                 "held_out_mae": next((r["mae"] for r in results if r["field"] == "age"), None)}
 
 
 def fit(folders, out, cfg, encoder=None, config=EncoderConfig(), held_out=None):
-    """Trains on the split train of prepared sources, sets the temperatures on the split valid (of the sources `held_out`,
-    if they are others); returns the EMA."""
+    """Trains on the split train of prepared sources, sets the temperatures on the split valid (of the sources
+    `held_out`, if they are others); returns the EMA."""
     if parallel.world > 1:
         raise InputError("a classifier is small: it is trained by one process, without torchrun")
     images = Labelled(folders, "train")
     held_out = Labelled(held_out or folders, "valid", images.datasets)
-    config = ClassifierConfig(encoder.config if encoder else config, images.datasets, fields.coverage(images.images.records))
+    covered = fields.coverage(images.images.records)
+    config = ClassifierConfig(encoder.config if encoder else config, images.datasets, covered)
     torch.manual_seed(cfg.seed)
     model = Classifier(config)
     if encoder:
@@ -143,7 +153,8 @@ def fit(folders, out, cfg, encoder=None, config=EncoderConfig(), held_out=None):
 
 @torch.no_grad()
 def predict(model, dataset, batch=64):
-    """Age in years (N,) and {field: probabilities (N, values)} in float64, of every image of a Labelled or Radiographs."""
+    """Age in years (N,) and {field: probabilities (N, values)} in float64, of every image of a Labelled or
+    Radiographs."""
     device, ages, answers = next(model.parameters()).device, [], []
     for start in range(0, len(dataset), batch):
         items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
@@ -162,7 +173,8 @@ def questions(config):
     for field, counts in config.covered.items():
         if field != "age" and len(counts) > 1:
             values = config.datasets if field == "dataset" else fields.VALUES[field]
-            asked += [(field, value, i) for i, value in enumerate(values) if value in counts and (len(values) > 2 or i == 1)]
+            asked += [(field, value, i) for i, value in enumerate(values)
+                      if value in counts and (len(values) > 2 or i == 1)]
     return asked
 
 
@@ -180,21 +192,58 @@ def calibration_error(probability, positive, bins=10):
     return np.abs(sums).sum() / len(probability)
 
 
-def interval(measure, patients, repeats=1000, seed=0):
-    """95 % bootstrap interval of measure(indices): patients are drawn again, not images, as one patient's images agree."""
+def score_interval(estimate, variance):
+    """[low, high]: all theta in [0, 1] from which the estimate is at most Z standard errors away, `variance`(theta)
+    being its variance if theta were true."""
+    def distance(theta):
+        return (estimate - theta) ** 2 - Z ** 2 * variance(theta)
+    inside = min(max(estimate, 1e-9), 1 - 1e-9)                      # at 0 and 1 the variance is 0
+    low = brentq(distance, 0, inside) if distance(0) > 0 else 0.0
+    high = brentq(distance, inside, 1) if distance(1) > 0 else 1.0
+    return [low, high]
+
+
+def auroc_interval(area, m, n):
+    """Newcombe's interval of an AUROC from m positive and n negative patients (see the top of this file)."""
+    def variance(theta):
+        k = (m + n) / 2
+        return theta * (1 - theta) / (m * n) * (1 + (k - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta)))
+    return score_interval(area, variance)
+
+
+def share_interval(share, n):
+    """Wilson's interval of a share of n patients."""
+    return score_interval(share, lambda theta: theta * (1 - theta) / n)
+
+
+def count_patients(patients):
+    return len(set(patients.tolist()))
+
+
+def images_by_patient(patients):
+    """The indices of each patient's images, a list of arrays."""
     _, which = np.unique(patients, return_inverse=True)
-    order = np.argsort(which, kind="stable")
-    images_of = np.split(order, np.cumsum(np.bincount(which))[:-1])
-    rng, values = np.random.default_rng(seed), []
-    for _ in range(repeats):
-        values.append(measure(np.concatenate([images_of[i] for i in rng.integers(len(images_of), size=len(images_of))])))
+    return np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+
+
+def resample(images_of, rng):
+    """The indices of a bootstrap sample of as many patients, with all their images."""
+    return np.concatenate([images_of[i] for i in rng.integers(len(images_of), size=len(images_of))])
+
+
+def bootstrap_interval(measure, patients, repeats=1000, seed=0):
+    """95 % interval of measure(indices): patients are resampled, not images, as one patient's images resemble each
+    other."""
+    images_of, rng = images_by_patient(patients), np.random.default_rng(seed)
+    values = [measure(resample(images_of, rng)) for _ in range(repeats)]
     return [float(x) for x in np.nanpercentile(values, [2.5, 97.5])] if np.isfinite(values).any() else [math.nan] * 2
 
 
 def calibrate(model, held_out):
-    """Sets each field's temperature to the one that makes the held-out answers most likely (Guo et al. 2017)."""
+    """Sets each field's temperature to the one that makes the held-out answers most likely (Guo et al. 2017), and the
+    mean error of the age."""
     model.temperature.fill_(1)
-    _, probabilities = predict(model, held_out)
+    years, probabilities = predict(model, held_out)
     for column, field in enumerate(CODED):
         code = held_out.codes[:, column].numpy()
         logp = np.log(probabilities[field][code > 0].clip(1e-30))
@@ -204,42 +253,53 @@ def calibrate(model, held_out):
                 x = logp / math.exp(log_t)
                 return (np.log(np.exp(x).sum(1)) - x[np.arange(len(x)), target]).mean()
             model.temperature[column] = math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+    known = held_out.age.isfinite().numpy()
+    if known.any():
+        model.config.age_error = float(np.abs(years - held_out.age.double().numpy())[known].mean())
 
 
-def measure(dataset, predicted, config, rows=None, repeats=1000):
+def measure(dataset, predicted, config, rows=None, intervals=True):
     """What the model said of a Labelled data set beside what is known: a dict for each question, and one for age.
 
     rows: the images to look at, all by default. Each dict has field, value, n (images where the field is known), and
-    positives, auroc, interval, ece; for a field as a whole accuracy and interval; for age mae (mean absolute error in
-    years) and interval.
+    positives, auroc, few (whether fewer than FEW patients are positive, or negative), interval, ece; for a field as a
+    whole accuracy and interval; for age mae (mean absolute error in years) and interval.
     """
     years, probabilities = predicted
     rows = np.arange(len(dataset)) if rows is None else rows
-    patients, results = np.array([record["patient"] for record in dataset.images.records]), []
-    for field, value, index in questions(config):
-        code = dataset.codes[:, CODED.index(field)].numpy()
-        known = rows[code[rows] > 0]
-        positive, probability = code[known] == index + 1, probabilities[field][known, index]
-        result = {"field": field, "value": value, "n": len(known), "positives": int(positive.sum()),
-                  "auroc": float(auroc(probability, positive))}
-        if repeats and math.isfinite(result["auroc"]):
-            result["interval"] = interval(lambda i: auroc(probability[i], positive[i]), patients[known], repeats)
-            result["ece"] = float(calibration_error(probability, positive))
-        results.append(result)
-    for field in {field: None for field, _, _ in questions(config) if field not in fields.FINDINGS}:
+    patients = np.array([record["patient"] for record in dataset.images.records])
+    asked = questions(config)
+    results = [measure_value(dataset, probabilities, patients, rows, *question, intervals) for question in asked]
+    for field in dict.fromkeys(field for field, _, _ in asked if field not in fields.FINDINGS):
         code = dataset.codes[:, CODED.index(field)].numpy()
         known = rows[code[rows] > 0]
         right = probabilities[field][known].argmax(1) == code[known] - 1
-        results.append({"field": field, "value": "(any)", "n": len(known), "accuracy": float(right.mean()) if len(known) else math.nan})
-        if repeats and len(known):
-            results[-1]["interval"] = interval(lambda i: right[i].mean(), patients[known], repeats)
+        accuracy = float(right.mean()) if len(known) else math.nan
+        results.append({"field": field, "value": "(any)", "n": len(known), "accuracy": accuracy})
+        if intervals and len(known):
+            results[-1]["interval"] = share_interval(accuracy, count_patients(patients[known]))
     known = rows[dataset.age[rows].isfinite().numpy()]
     if "age" in config.covered and len(known):
         errors = np.abs(years[known] - dataset.age[known].double().numpy())
         results.append({"field": "age", "value": "(years)", "n": len(known), "mae": float(errors.mean())})
-        if repeats:
-            results[-1]["interval"] = interval(lambda i: errors[i].mean(), patients[known], repeats)
+        if intervals:
+            results[-1]["interval"] = bootstrap_interval(lambda i: errors[i].mean(), patients[known])
     return results
+
+
+def measure_value(dataset, probabilities, patients, rows, field, value, index, intervals):
+    """One dict of `measure`: how well field = value, whose index among the field's values is given, is told from the
+    rest."""
+    code = dataset.codes[:, CODED.index(field)].numpy()
+    known = rows[code[rows] > 0]
+    positive, probability = code[known] == index + 1, probabilities[field][known, index]
+    m, n = count_patients(patients[known][positive]), count_patients(patients[known][~positive])
+    result = {"field": field, "value": value, "n": len(known), "positives": int(positive.sum()),
+              "auroc": float(auroc(probability, positive)), "few": min(m, n) < FEW}
+    if intervals and math.isfinite(result["auroc"]):
+        result["interval"] = auroc_interval(result["auroc"], m, n)
+        result["ece"] = float(calibration_error(probability, positive))
+    return result
 
 
 def print_table(results, title=""):
@@ -247,13 +307,17 @@ def print_table(results, title=""):
     results = [r for r in results if r["n"] and math.isfinite(r.get("auroc", 0))]
     if not results:
         raise InputError(f"{title}: no image with a field that this model predicts, or none of both classes")
-    print(f"{title:30}{'value':14}{'n':>7}{'positive':>10}{'AUROC':>8}{'95 % interval':>18}{'ECE':>8}   accuracy or mean error")
+    print(f"{title:30}{'value':14}{'n':>7}{'positive':>10}{'AUROC':>8}{'95 % interval':>18}{'ECE':>8}"
+          "   accuracy or error")
     for r in results:
         span = f"{r['interval'][0]:.3f} to {r['interval'][1]:.3f}" if "interval" in r else ""
         area = f"{r['auroc']:8.3f}" if "auroc" in r else f"{'':8}"
         ece = f"{r['ece']:8.3f}" if "ece" in r else f"{'':8}"
         other = f"   {r['accuracy']:.3f}" if "accuracy" in r else f"   {r['mae']:.2f} years" if "mae" in r else ""
-        print(f"{r['field']:30}{r['value']:14}{r['n']:7,}{r.get('positives', ''):>10}{area}{span:>18}{ece}{other}")
+        positives = f"{r['positives']}{'*' if r['few'] else ''}" if "positives" in r else ""
+        print(f"{r['field']:30}{r['value']:14}{r['n']:7,}{positives:>10}{area}{span:>18}{ece}{other}")
+    if any(r.get("few") for r in results):
+        print(f"* fewer than {FEW} patients are positive, or negative")
 
 
 def load(folder):
@@ -262,15 +326,21 @@ def load(folder):
 
 
 def robustness(model, dataset, kinds):
-    """{group: rows of `measure`} for each subgroup; a row is `worse` if its interval lies below the AUROC of all."""
+    """{group: rows of `measure`} for each subgroup; a row is `worse` if its interval lies below the AUROC of all
+    images, and not only FEW patients stand behind it. There is no correction for the number of subgroups looked
+    at."""
     predicted, members = predict(model, dataset), {"all": list(range(len(dataset)))}
     for i, record in enumerate(dataset.images.records):
         for group in fields.groups_of(record, kinds):
             members.setdefault(group, []).append(i)
-    table = {group: measure(dataset, predicted, model.config, np.array(rows)) for group, rows in sorted(members.items())}
+    table = {}
+    for group, rows in sorted(members.items()):
+        table[group] = measure(dataset, predicted, model.config, np.array(rows))
     overall = {(r["field"], r["value"]): r.get("auroc") for r in table["all"]}
-    for r in (r for results in table.values() for r in results if "auroc" in r and "interval" in r):
-        r["worse"] = bool(r["interval"][1] < overall[r["field"], r["value"]])
+    for rows in table.values():
+        for r in rows:
+            if "auroc" in r and "interval" in r:
+                r["worse"] = bool(r["interval"][1] < overall[r["field"], r["value"]]) and not r["few"]
     return table
 
 

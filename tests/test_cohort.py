@@ -1,4 +1,7 @@
+"""Cohorts: balanced exactly, from rows, from the causal model; tables and requests as sample.py reads them."""
 import collections
+import csv
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +57,61 @@ def test_what_the_causal_model_does_not_cover_is_left_out_by_name(model):
 def test_what_cannot_be_balanced_is_refused(model, names, message):
     with pytest.raises(InputError, match=message):
         cohort.balanced(names, 4, 0, COVERED | {"no_finding": {"positive": 1}}, model)
+
+
+def test_what_was_never_seen_together_is_left_out(model):
+    """A data set of children: it is balanced over the ages that it has, and no grown-up of it is asked for."""
+    seen = [{"dataset": "own", "age": 40.0, "sex": "male", "view": "PA"}, {"dataset": "own", "age": 65.0, "sex": "female"},
+            {"dataset": "children", "age": 21.0, "sex": "male"}, {"dataset": "children", "age": 21.0, "sex": "female"}]
+    covered, pairs = fields.coverage(seen), fields.count_pairs(seen)
+    records, cells, left_out = cohort.balanced(["dataset", "age"], 12, 0, covered, None, pairs)
+    assert cells == [("children", (21, 39)), ("own", (40, 59)), ("own", (60, 65))]
+    assert {(r["dataset"], tuple(fields.groups_of(r, ["age"]))) for r in records} == {
+        ("children", ("age=18-39",)), ("own", ("age=40-59",)), ("own", ("age=60-79",))}
+    assert "dataset=own with age=18-39" in left_out and "dataset=children with age=60-79" in left_out
+    # What only follows stays unknown where it was never seen with what was asked for.
+    patient = {"age": 50.0, "sex": "male", "view": "PA", "dataset": "children"}
+    assert cohort.only_together(patient, ["dataset"], pairs) == {"dataset": "children", "sex": "male"}
+    assert cohort.only_together(patient, ["age"], pairs) == {"age": 50.0, "sex": "male", "view": "PA"}
+    assert cohort.only_together(patient, ["dataset"], {}) == patient
+
+
+def run(monkeypatch, command, out, *arguments, covered=COVERED):
+    """python -m causal cohort for weights that cover `covered`, without a causal model beside them; rows and what it said."""
+    config = SimpleNamespace(datasets=(*fields.DATASETS, "own"), covered=covered, pairs={})
+    monkeypatch.setattr(sample, "load_weights", lambda folder: (SimpleNamespace(config=config), None))
+    status, output, errors = command("causal", "cohort", "--weights", out / "weights", "--out", out / "t.csv", *arguments)
+    assert status == 0, errors
+    return list(csv.DictReader(open(out / "t.csv"))), output
+
+
+def test_the_command_writes_a_balanced_table(tmp_path, monkeypatch, command):
+    rows, output = run(monkeypatch, command, tmp_path, "--balance", "sex,age", "--n", 11, "--set", "view=PA", "--seed", 4)
+    assert "6 combinations of sex, age, 1 or 2 rows each" in output and "no causal model beside the weights" in output
+    assert "do not cover them: age=0-17, age=80-120" in output
+    assert [row["sex"] for row in rows] == ["female"] * 3 + ["male"] * 3 + ["female"] * 3 + ["male"] * 2
+    assert {row["view"] for row in rows} == {"PA"} and [row["seed"] for row in rows] == [str(4 + i) for i in range(11)]
+    records, seeds = read_rows(tmp_path / "t.csv", [*fields.DATASETS, "own"], COVERED)   # as sample.py --metadata does
+    assert len(records) == 11 and seeds == list(range(4, 15)) and records[0]["view"] == "PA"
+
+
+def test_like_takes_the_rows_of_an_index(tmp_path, monkeypatch, command):
+    records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i, "sex": "male",
+                "race": "black"} for i in range(4)]                  # the weights were never taught that race
+    write_csv(tmp_path / "index.csv", COLUMNS, map(index_row, records))
+    rows, output = run(monkeypatch, command, tmp_path, "--like", tmp_path, "--split", "test", "--n", 6, "--set", "view=PA")
+    assert "6 of 24 values were not covered" in output
+    ages = [float(row["age"]) for row in rows]
+    assert sorted(ages[:3]) == sorted(ages[3:]) == [31, 32, 33]
+    assert all(row["view"] == "PA" and row["sex"] == "male" and not row["race"] for row in rows)
+
+
+def test_a_contradictory_table_goes_through_the_label_policy(tmp_path, monkeypatch, command):
+    covered = COVERED | {"no_finding": {"positive": 1, "negative": 1}}
+    rows, output = run(monkeypatch, command, tmp_path, "--balance", "sex", "--set", "pneumonia=positive", "--set",
+                       "no_finding=positive", covered=covered)
+    assert {row["no_finding"] for row in rows} == {"negative"} and {row["pneumonia"] for row in rows} == {"positive"}
+    assert output.count("no_finding=positive contradicts pneumonia=positive and is taken as negative") == 1
 
 
 # --- tables ---------------------------------------------------------------------------------------------
