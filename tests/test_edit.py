@@ -162,7 +162,7 @@ def error(images, rule):
     (["{image}", "--set", "sex=female", "--seed", "3"], "--seed makes the inside of a mask anew"),
     (["{image}", "--set", "sex=female", "--steps", "99999999999999999999"], "is not a whole number from 1 to 1,000"),
     (["{image}", "--set", "sex=female", "--mask", "{text}"], "not an image"),
-    (["{image}", "--set", "sex=female", "--mask", "{cut}"], "not an image"),
+    (["{image}", "--set", "sex=female", "--mask", "{cut}"], "damaged or cut short"),
     (["{image}", "--set", "sex=female", "--keep", "{red}"], "colour image"),
     (["{image}", "--set", "sex=female", "--keep", "{white}"], "nothing may change")])
 def test_bad_input_is_one_line(tmp_path, command, arguments, message):
