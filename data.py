@@ -1,229 +1,190 @@
-"""One index of radiographs and their 19 metadata fields, from seven sources or any folder.
+"""The harmonised loader: one index of radiographs and their 19 metadata fields, from seven sources or any folder.
 
-The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into one index of 1.2M rows. This file
-does the same for a download of any of them.
+The paper (arXiv 2606.19460, CXR7-1M) harmonises seven public chest X-ray data sets into one index of 1.2M rows. This
+file does the same for a download of any of them.
 
     source (radiographs/sources.py) --prepare-->
-                                     PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
-                                     PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
-                                     PREPARED/rejected.csv  path and reason of every image that was not taken
+        PREPARED/index.csv     one row an image, columns as in the CXR7-1M master CSV
+        PREPARED/images/*.png  grey, aspect ratio kept, centred on black, never flipped
+        PREPARED/rejected.csv  path and reason of every image that was not taken
 
     python data.py prepare nih ROOT OUT --size 256
-    python data.py prepare folder ROOT OUT          (DICOM, PNG or JPEG; an index.csv in ROOT is used if there)
+    python data.py prepare folder ROOT OUT [--table FILE.csv]     (DICOM, PNG or JPEG)
     python data.py stats PREPARED... --out stats.png
+
+How each source is laid out, and what a hospital's folder may hold: radiographs/README.md.
 """
-import csv
-import hmac
+import contextlib
+import hashlib
 import itertools
-import json
-import multiprocessing
 import os
-import secrets
 import sys
-from array import array
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from common.cli import InputError, Parser, positive, run, write_csv, write_json
+from common.cli import (InputError, Parser, RunError, integer, locked, new_path, read_json, run, whole_file, write_csv,
+                        write_json)
 from common.tables import read_table
-from radiographs import sources, tags
-from radiographs.fields import (FIELDS, FINDINGS, LABELS, VALUES, drop_unknown,
-                                resolve_labels)
-from radiographs.index import (COLUMNS, index_records, index_row, read_index,
-                               stable_split)
-from radiographs.pixels import (Rejected, is_synthetic, load_image,
-                                read_radiograph)
+from common.workers import worker_pool
+from radiographs import tags
+from radiographs.fields import FIELDS, FINDINGS, VALUES
+from radiographs.files import ENDINGS, Download, printable
+from radiographs.harmonise import SOURCES, TAGGED, complete, harmonise, read_labels, survey
+from radiographs.hospital import CODINGS, pseudonymiser, unread_columns
+from radiographs.index import COLUMNS, index_records, index_row, read_index
+from radiographs.pixels import Rejected, is_synthetic, load_image, read_radiograph
+from radiographs.progress import Progress
+
+CHUNK = 1024  # images between two moments from which an interrupted run continues
+
 
 # ---------------------------------------------------------------------------------------------------------
-# Preparing: a stream of (file, record) to images and rows, in the stream's order, in chunks that can be continued
+# Preparing: from records and image files to an index and images of one size
 
-def folder(root):
-    """Any tree of DICOM, PNG or JPEG. An index.csv in the index's own columns says what is known; else DICOM tags."""
-    if (root / "index.csv").exists():
-        for record in index_records(root):
-            path = root / record.pop("path")
-            yield path if path.is_file() else None, record | {"name": str(path.relative_to(root))}
-        return
-    for path in sources.walk(root):
-        relative = str(path.relative_to(root))
-        yield path, {"name": relative, "patient": relative, "dataset": root.resolve().name} | tags.dicom_tags(path)
-
-
-SOURCES = {"mimic": sources.mimic, "chexpert": sources.chexpert, "padchest": sources.padchest, "nih": sources.nih,
-           "rexgradient": sources.rexgradient, "brax": sources.brax, "vindr": sources.vindr, "folder": folder}
-CHUNK = 1024  # images between two marks from which an interrupted run continues
-
-
-def pseudonymiser(out):
-    """text -> 16 hex digits by a key that lies beside OUT, not in it: who gets the prepared folder cannot turn an
-    identifier back by trying all of them. The same key makes the same names when a folder is prepared again."""
-    path = out.with_name(out.name + ".key")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-    key = bytes.fromhex(path.read_text())
-    return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
-
-
-def read_labels(path):
-    """Image name -> labels, from a CSV with the 14 labels in CheXpert's coding and the column "name", as the source spells
-    it: of the prepared image without suffix, for `folder` the path below the root."""
-    rows = list(read_table(path))
-    missing = {"name", *LABELS} - set(rows[0] if rows else ())
-    if missing:
-        raise InputError(f"{path}: no column {', '.join(sorted(missing))}; needed are name and the 14 labels")
-    for row in rows:
-        for label in LABELS:
-            if row[label].strip().removesuffix(".0") not in ("1", "0", "-1", ""):
-                raise InputError(f"{path}, line {row.line}: {label} is {row[label]!r}; "
-                                 "accepted: 1 positive, 0 negative, -1 or blank unknown")
-    return {row["name"]: drop_unknown(sources.chexpert_labels(row)) for row in rows}
-
-
-def unlisted_files(root, claimed, kinds):
-    """The files at or below root of the kinds that a source's tables name, which no row names; 8 bytes of memory a row."""
-    claimed = np.sort(np.frombuffer(claimed, np.int64))
-    for path in sources.walk(root):
-        if path.suffix in kinds:
-            i = np.searchsorted(claimed, hash(str(path)))
-            if i == len(claimed) or claimed[i] != hash(str(path)):
-                yield path
-
-
-def records_of(source, root, out, labels=None, metadata_only=False):
-    """The stream (file or None, record), labels settled, with a split for everybody and no identifier of a hospital.
-    Last come the images that no row of a table names, as reject_reason."""
-    hashed, claimed, kinds = None, array("q"), set()
-    try:
-        for file, record in SOURCES[source](root):
-            record |= (labels or {}).get(record["name"], {})
-            if source == "folder":
-                hashed = hashed or pseudonymiser(out)
-                record["name"], record["patient"] = hashed(record["name"]), hashed(record["patient"])
-            if Path(record["name"]).name != record["name"]:
-                raise InputError(f"{root}: the image name {record['name']!r} is not a plain file name")
-            # A source with an official test set and no validation set gives a tenth of the other patients to the latter.
-            share = {"valid": 0.1, "test": 0} if record.pop("official", False) else {}
-            record["path"] = f"images/{record.pop('name')}.png"
-            if source != "folder" or labels:  # an index in the project's own columns is taken as it says
-                record = resolve_labels(record)
-            if file:
-                claimed.append(hash(str(file)))
-                kinds.add(file.suffix)
-            yield file, {"split": stable_split(record["patient"], **share)} | record
-        if not metadata_only and (source != "folder" or (root / "index.csv").exists()):
-            yield from ((file, {"path": file.name, "reject_reason": "no row of the tables names it, or another file of this name was taken"})
-                        for file in unlisted_files(root, claimed, kinds))
-    except InputError:
-        raise
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{root}: a table is not as {source} publishes it: {type(error).__name__} {error}") from error
-
-
-def prepare_one(job):
-    """Reads, resizes and writes one image; returns None or the reason why not, and whether it says that it is synthetic,
-    which the prepared PNG then says too."""
-    file, record, out, size, bits = job
-    target = out / record["path"]
-    try:
-        if "reject_reason" in record:
-            raise Rejected(record["reject_reason"])
-        array, synthetic = read_radiograph(file, size, bits), is_synthetic(file)
-    except Rejected as reason:
-        return str(reason), False
-    info = PngInfo()
-    if synthetic:
-        info.add_text("Synthetic", "yes")
-    Image.fromarray(array).save(f"{target}.tmp", "PNG", pnginfo=info)
-    os.replace(f"{target}.tmp", target)
-    return None, synthetic
-
-
-def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None):
+def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None, table=None, coding=None):
     """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing,
-    and synthetic: how many of those taken say that they are, if any.
+    and synthetic: how many of those taken say that they are, if any. Raises RunError if no image is taken.
 
-    Rows are written in the source's order, whatever the number of workers. After every chunk OUT/progress.json says how
-    far the two tables reach; the same command after an interruption cuts them there and goes on.
+    Rows are written in the source's order, whatever the number of workers. The same command after an interruption goes
+    on where it was (radiographs/progress.py).
     """
-    root, out = Path(root), Path(out)
+    root, out, table = Path(root), Path(out), Path(table) if table else None
+    check_places(root, out)
+    if source != "folder" and (table or coding):
+        raise InputError("--table and --coding describe a hospital's folder, the source called folder")
+    if source == "folder" and not table and (root / "index.csv").exists():
+        table = root / "index.csv"
+    settings = {"source": source, "size": size, "bits": bits, "metadata_only": metadata_only, "coding": coding,
+                "labels": file_checksum(labels), "table": file_checksum(table)}
+    check_settings(out, settings)
+    download, labels = Download(root), read_labels(labels) if labels else {}
+    counts, checksum = survey(harmonise(source, download, labels, table, coding), labels)
+    report(counts, download, labels, table, metadata_only)
+
+    # The workers start before the folder is locked: a process that starts later would hold the lock as well.
+    with worker_pool(min(workers, counts["all"])) as work, locked(out):
+        (out / "images").mkdir(exist_ok=True)
+        pseudonym = pseudonymiser(out) if source == "folder" else None
+        rejected = rejected_path(source, out)
+        progress = Progress(out, {out / "index.csv": COLUMNS, rejected: ("path", "reason")},
+                            settings | {"root": str(root.resolve()), "records": checksum})
+        pairs = itertools.islice(harmonise(source, download, labels, table, coding), progress.done, None)
+        with tqdm(total=counts["all"], initial=progress.done, unit="image") as bar:
+            while chunk := list(itertools.islice(pairs, CHUNK)):
+                for file, record, reason, synthetic in prepare_chunk(chunk, work, out, pseudonym, settings):
+                    if file is None and not metadata_only:
+                        progress.miss()
+                    elif reason:
+                        progress.reject(printable(os.path.relpath(file, root) if file else record["name"]), reason)
+                    else:
+                        progress.take(index_row(record), synthetic)
+                    bar.update()
+                progress.save()
+        if source == "folder":
+            rows = read_table(progress.parts[1])
+            write_csv(out / "rejected.csv", ["path", "reason"],
+                      ([f"images/{pseudonym(row['path'])}.png", row["reason"]] for row in rows))
+        write_json(out / "prepared.json", settings)
+        progress.finish()
+    if not progress.counts["taken"]:
+        raise RunError(f"no image was taken: {progress.counts['rejected']} rejected (see {rejected}), "
+                       f"{progress.counts['missing']} in the tables but not there")
+    return Counter({key: count for key, count in progress.counts.items() if count or key != "synthetic"})
+
+
+def rejected_path(source, out):
+    """Where the rejected files stand: those of a hospital beside OUT, which is passed on, for paths may hold names."""
+    return out.with_name(out.name + ".rejected.csv") if source == "folder" else out / "rejected.csv"
+
+
+def check_places(root, out):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{out} lies inside {root}, whose images it would become; name a folder outside")
     if root.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} lies around {root} and would be written over; name a folder outside")
-    about = {"source": source, "size": size, "bits": bits, "metadata_only": metadata_only}
-    before = json.loads((out / "prepared.json").read_text()) if (out / "prepared.json").exists() else about
-    for key in about:
-        if before.get(key) != about[key]:
-            raise InputError(f"{out} was prepared with {key} = {before.get(key)}, not {about[key]}; "
-                             "name another folder, or delete it")
-    labels = read_labels(labels) if labels else None
-    total = sum(1 for _ in records_of(source, root, out, labels, metadata_only))
-    if not total:
-        raise InputError(f"{root}: no images found for the source {source}")
+
+
+def file_checksum(path):
+    """What tells one table from another, whatever its name; None for no table."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_settings(out, settings):
+    """Refuses a folder that was prepared, or half prepared, in another way: the two would mix."""
+    before = settings
+    if (out / "prepared.json").exists():
+        before = read_json(out / "prepared.json")
+    elif (out / "progress.json").exists():
+        with contextlib.suppress(InputError):  # a damaged one is begun anew
+            before = read_json(out / "progress.json").get("settings")
+    for key, value in settings.items():
+        if before.get(key) != value:
+            how = f"another --{key}" if key in ("labels", "table") else f"{key} = {before.get(key)}, not {value}"
+            raise InputError(f"{out} was prepared with {how}; name another folder, or delete it")
+
+
+def report(counts, download, labels, table, metadata_only):
+    """Says what was found before the work begins; raises RunError if that is nothing."""
     if labels:
-        found = sum(record["name"] in labels for _, record in SOURCES[source](root))
-        first = next(iter(SOURCES[source](root)))[1]["name"]
-        if not found:
-            raise InputError(f"no name in the table of labels is an image's; the first image's name is {first!r}")
-        print(f"labels: {len(labels)} names, of which {found} are images of {root}")
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    settings = about | {"root": str(root.resolve()), "rows": total}
-    mark, state = out / "progress.json", {"settings": settings, "taken": 0, "rejected": 0, "missing": 0, "synthetic": 0, "ends": [0, 0]}
-    if mark.exists() and json.loads(mark.read_text())["settings"] == settings:
-        state = json.loads(mark.read_text())
-    counts, synthetic = Counter({key: state[key] for key in ("taken", "rejected", "missing")}), state.get("synthetic", 0)
-    beside = out.with_name(out.name + ".rejected.csv")
-    parts = [out / "index.csv.part", Path(f"{beside if source == 'folder' else out / 'rejected.csv'}.part")]
-    for path, end in zip(parts, state["ends"]):
-        path.touch()
-        os.truncate(path, end)
-    with open(parts[0], "a", newline="") as index, open(parts[1], "a", newline="") as rejects, \
-            multiprocessing.Pool(workers) as pool, tqdm(total=total, initial=counts.total(), unit="image") as bar:
-        rows, reasons = csv.writer(index), csv.writer(rejects)
-        if not counts.total():
-            rows.writerow(COLUMNS)
-            reasons.writerow(["path", "reason"])
-        stream = itertools.islice(records_of(source, root, out, labels, metadata_only), counts.total(), None)
-        while chunk := list(itertools.islice(stream, CHUNK)):
-            present = [] if metadata_only else [(file, record, out, size, bits) for file, record in chunk if file]
-            results = pool.imap(prepare_one, present, chunksize=8)
-            for file, record in chunk:
-                reason, made_up = next(results) if file and not metadata_only else (record.get("reject_reason"), False)
-                synthetic += made_up
-                if file is None and not metadata_only:
-                    counts["missing"] += 1
-                elif reason:
-                    counts["rejected"] += 1
-                    reasons.writerow([str(file.relative_to(root)) if file else record["path"], reason])
-                else:
-                    counts["taken"] += 1
-                    rows.writerow(index_row(record))
-                bar.update()
-            index.flush()
-            rejects.flush()
-            write_json(mark, {"settings": settings, **counts, "synthetic": synthetic, "ends": [index.tell(), rejects.tell()]})
-    for path in parts:
-        os.replace(path, path.with_suffix(""))
-    if source == "folder":
-        name = pseudonymiser(out)
-        rows = ([f"images/{name(row['path'])}.png", row["reason"]] for row in read_table(beside))
-        write_csv(out / "rejected.csv", ["path", "reason"], rows)
-    write_json(out / "prepared.json", about)
-    mark.unlink()
+        print(f"labels: {len(labels)} names, of which {counts['labelled']} are images of {download.root}")
+    if table:
+        print(f"{table}: {counts['rows']} rows, of which {counts['files']} found their file below {download.root}")
+        if unread := unread_columns(table):
+            print(f"columns that are not read: {', '.join(unread)}")
+    if counts["rows"] and (counts["files"] or metadata_only):
+        return
+    sought = f"; looked for {download.missed!r} and the like, ending in {', '.join(ENDINGS)}" if download.missed else ""
+    raise RunError(f"{download.root}: no image found in it or below it{sought}")
+
+
+def prepare_chunk(chunk, work, out, pseudonym, settings):
+    """Prepares the images of (file, record) pairs, in parallel; yields file, record as the index holds it, the reason
+    why the image was not taken or None, and whether it says that it is synthetic."""
+    tagged, without_images = settings["source"] in TAGGED, settings["metadata_only"]
+    jobs = []
+    for file, record in chunk:
+        job = None  # nothing to do with a file
+        if file and "reject_reason" not in record and (tagged or not without_images):
+            name = pseudonym(record["name"]) if pseudonym else record["name"]
+            target = None if without_images else out / f"images/{name}.png"
+            job = file, target, settings["size"], settings["bits"], tagged
+        jobs.append(job)
+    results = work(prepare_image, [job for job in jobs if job])
+    for (file, record), job in zip(chunk, jobs):
+        reason, synthetic, found = next(results) if job else (record.get("reject_reason"), False, {})
+        yield file, record if reason else complete(record, found, pseudonym), reason, synthetic
+
+
+def prepare_image(job):
+    """Reads, resizes and writes one image, or with target None only reads its tags. Returns the reason why it was not
+    taken or None, whether it says that it is synthetic (which the prepared PNG then says too), and its tags."""
+    file, target, size, bits, tagged = job
+    found = tags.dicom_tags(file) if tagged else {}
+    if target is None:
+        return None, False, found
+    try:
+        array = read_radiograph(file, size, bits)
+    except Rejected as reason:
+        return str(reason), False, {}
+    synthetic, info = is_synthetic(file), PngInfo()
     if synthetic:
-        counts["synthetic"] = synthetic
-    return counts
+        info.add_text("Synthetic", "yes")
+    with whole_file(target) as temporary:
+        Image.fromarray(array).save(temporary, "PNG", pnginfo=info)
+    return None, synthetic, found
 
 
 class Radiographs(torch.utils.data.Dataset):
@@ -237,7 +198,8 @@ class Radiographs(torch.utils.data.Dataset):
                 sizes[str(root)] = first.size
             self.records += [record for record in records if split in (None, record["split"])]
         if len(set(sizes.values())) > 1:
-            raise InputError("prepared at different sizes: " + ", ".join(f"{root} {w}x{h}" for root, (w, h) in sizes.items()))
+            raise InputError("prepared at different sizes: "
+                             + ", ".join(f"{root} {w}x{h}" for root, (w, h) in sizes.items()))
         if not self.records:
             raise InputError(f"{', '.join(map(str, folders))}: no image in the split {split}")
 
@@ -277,7 +239,7 @@ def print_statistics(table):
         print(f"{field:28}{value:16}{counts.total():10,}" + "".join(f"{counts[name]:16,}" for name in datasets))
 
 
-def draw_statistics(table, path):
+def plot_statistics(table, path):
     """One panel a field, one bar a value, stacked by data set."""
     datasets = sorted({name for counts in table.values() for name in counts})
     figure = Figure(figsize=(20, 12), layout="constrained")
@@ -293,39 +255,46 @@ def draw_statistics(table, path):
     axes = figure.axes[-1]
     axes.axis("off")
     axes.legend(*figure.axes[0].get_legend_handles_labels(), loc="center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=80)
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def main():
     parser = Parser(description="Prepare radiographs and their metadata.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("prepare", help="turn a source into index.csv, images/ and rejected.csv")
-    p.add_argument("source", choices=SOURCES)
-    p.add_argument("root", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--size", type=positive, default=512, help="side of the square output in pixels")
-    p.add_argument("--bits", type=int, default=8, choices=(8, 16))
-    p.add_argument("--workers", type=positive, default=os.cpu_count())
-    p.add_argument("--metadata-only", action="store_true", help="the index of every row of the tables, without any image")
-    p.add_argument("--labels", type=Path, help="a CSV of labels by image name, for a source that has reports only")
+    p.add_argument("source", choices=SOURCES, help="one of %(choices)s; folder is any folder of DICOM, PNG or JPEG")
+    p.add_argument("root", type=new_path, help="the folder below which its archives were unpacked")
+    p.add_argument("out", type=new_path, help="a new folder; the same command again continues what was interrupted")
+    p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels a side; %(default)s")
+    p.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bits of each output pixel, %(default)s")
+    p.add_argument("--workers", type=integer(1, 1024), default=os.cpu_count(), help="processes, one a core by default")
+    p.add_argument("--metadata-only", action="store_true", help="an index of all rows of the tables, without images")
+    p.add_argument("--labels", type=new_path, help="a CSV of labels by image name, for a source that has reports only")
+    p.add_argument("--table", type=new_path,
+                   help="for folder: a CSV of what is known of each file; ROOT/index.csv if not given and there")
+    p.add_argument("--coding", choices=CODINGS, help="numbers of findings in that table: 01 no and yes; "
+                                                     "012 unknown, negative and positive")
     p = commands.add_parser("stats", help="count every value of every field, by data set")
-    p.add_argument("prepared", nargs="+", type=Path)
-    p.add_argument("--out", type=Path, default=Path("out/stats.png"), help="the same as a picture, %(default)s if not given")
+    p.add_argument("prepared", nargs="+", type=new_path)
+    p.add_argument("--out", type=new_path, help="the same as a picture, a PNG")
     args = parser.parse_args()
     if args.command == "stats":
         table = statistics(args.prepared)
         print_statistics(table)
-        return draw_statistics(table, args.out)
-    counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers,
-                     args.metadata_only, args.labels)
-    what, reasons = "rows" if args.metadata_only else "images", "." if args.source == "folder" else "/"
-    print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {args.out}{reasons}rejected.csv), "
+        if args.out:
+            plot_statistics(table, args.out)
+        return
+    counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers, args.metadata_only,
+                     args.labels, args.table, args.coding)
+    what, rejected = "rows" if args.metadata_only else "images", rejected_path(args.source, args.out)
+    print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "
           f"{counts['missing']} in the tables but not there")
+    print(f"next: python data.py stats {args.out}")
     if counts["synthetic"]:
-        print(f"warning: {counts['synthetic']} of these images say that they are synthetic. The index does not tell them from real ones, "
-              "only the text field Synthetic of their PNGs does: prepare them apart from real images", file=sys.stderr)
+        print(f"warning: {counts['synthetic']} of these images say that they are synthetic. The index does not tell "
+              "them from real ones, only the text field Synthetic of their PNGs does: prepare them apart from real "
+              "images", file=sys.stderr)
 
 
 if __name__ == "__main__":

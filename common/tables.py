@@ -1,9 +1,9 @@
 """The one reader of tables: CSV as data sets, spreadsheets and hospitals really have it, one row at a time.
 
-Taken are .csv, .tsv and .txt, also compressed with gzip; commas, semicolons (European Excel) or tabs; UTF-8 with or without a
-byte order mark, UTF-16, and Windows-1252 (the "CSV" of Excel on a western Windows). The first line names the columns; a column
-without a name is left out. Everything else is an InputError that names the file and the line. It never quotes a cell, which
-may hold what a hospital must not show.
+Taken are .csv, .tsv and .txt, also compressed with gzip; commas, semicolons (European Excel) or tabs; UTF-8 with or
+without a byte order mark, UTF-16, and Windows-1252 (the "CSV" of Excel on a western Windows). The first line names
+the columns; a column without a name is left out. Everything else is an InputError that names the file and the line.
+It never quotes a cell, which may hold what a hospital must not show.
 """
 import csv
 import gzip
@@ -17,8 +17,11 @@ MAX_LINE = 2 ** 24  # characters; a longer line is no row of a table, and must n
 
 
 class Row(dict):
-    """Column -> text of its cell. `line` is where the row begins in the file, whose first line is 1."""
-    line = 0
+    """Column -> text of its cell. `line` is where the row begins in the file `path`, whose first line is 1."""
+    path, line = None, 0
+
+    def __missing__(self, column):
+        raise InputError(f"{self.path}: no column {column!r}; there are {', '.join(self)}")
 
 
 def read_table(path):
@@ -33,9 +36,9 @@ def read_table(path):
             if cells and header is None:
                 header = column_names(cells)
             elif cells:  # a blank line has none
-                row = Row(zip(header, as_many_cells(cells, header)))
+                row = Row(zip(header, checked(cells, header)))
                 row.pop("", None)
-                row.line = line
+                row.path, row.line = path, line
                 yield row
             line = reader.line_num + 1
     except (csv.Error, Malformed) as error:
@@ -48,21 +51,20 @@ class Malformed(ValueError):
 
 
 def column_names(cells):
-    """The names of the first line. Empty ones at its end, which spreadsheets leave behind, are no columns."""
+    """The names of the first line; a column without one has an empty text."""
     names = [cell.strip() for cell in cells]
-    while names and not names[-1]:
-        names.pop()
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise Malformed(f"two columns are called {twice[0]!r}")
     return names
 
 
-def as_many_cells(cells, header):
-    """The cells of a row, checked: one for each column, and nothing beyond them but empty cells."""
-    if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header):]):
-        raise Malformed(f"{len(cells)} cells, where the first line names {len(header)} columns")
-    return cells[:len(header)]
+def checked(cells, header):
+    """The cells of a row: one for each column with a name, and nothing but empty ones beyond the first line's."""
+    missing, extra = header[len(cells):], cells[len(header):]
+    if any(missing) or any(cell.strip() for cell in extra):
+        raise Malformed(f"{len(cells)} cells, where the first line has {len(header)}")
+    return cells
 
 
 def first_line(path):
@@ -81,8 +83,8 @@ def first_line(path):
 
 
 def read_lines(path):
-    """The lines of a text file, decoded. Windows-1252 is told from UTF-8 by the first character beyond ASCII: what is not UTF-8
-    there is Windows-1252, and the file stays what it is to its end."""
+    """The lines of a text file, decoded. Windows-1252 is told from UTF-8 by the first character beyond ASCII: what is
+    not UTF-8 there is Windows-1252, and the file stays what it is to its end."""
     with open(path, "rb") as file:
         start = file.read(2)
     with (gzip.open if start == b"\x1f\x8b" else open)(path, "rb") as file:
@@ -107,7 +109,7 @@ def read_lines(path):
                              "download it again") from None
         except UnicodeError:
             name = utf16 or encoding
-            raise InputError(f"{path}, line {number}: characters that are not {name}; save the table as UTF-8") from None
+            raise InputError(f"{path}, line {number}: characters that are not {name}; save it as UTF-8") from None
 
 
 def utf16_of(start):

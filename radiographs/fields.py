@@ -3,8 +3,8 @@
 The paper (arXiv 2606.19460, CXR7-1M) describes every image by dataset, age, sex, race, view and the 14 CheXpert labels.
 
 Conventions. Metadata in memory: a dict of field -> value in which an unknown field is absent. In tensors: `age` (N,)
-float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown. Unknown is also what dropout
-and guidance use: there is one null a field.
+float32 in years, NaN unknown; `codes` (N, 18) int64 for the other fields, 0 always unknown. Unknown is also what
+dropout and guidance use: there is one null a field.
 """
 import collections
 import itertools
@@ -160,8 +160,8 @@ def resolve_labels(record):
 
 def resolve_request(record):
     """A record as the model can be asked for it, and what was changed, in words: a request goes through the policy of
-    resolve_labels, as the labels did from which the model learnt. Only what contradicts itself changes; what the request
-    leaves unknown stays unknown."""
+    resolve_labels, as the labels did from which the model learnt. Only what contradicts itself changes; what the
+    request leaves unknown stays unknown."""
     resolved = {field: value for field, value in resolve_labels(record).items() if field in record}
     findings = [f"{field}=positive" for field in FINDINGS if record.get(field) == "positive"
                 and field not in ("no_finding", "support_devices")]
@@ -175,8 +175,8 @@ AGE_BANDS = ((0, 17), (18, 39), (40, 59), (60, 79), (80, MAX_AGE))  # years, bot
 
 
 def groups_of(record, kinds):
-    """The subgroups that a record is in, as "kind=value": of sex, race, view or dataset; of age, in bands; of label, one
-    for each positive finding."""
+    """The subgroups that a record is in, as "kind=value": of sex, race, view or dataset; of age, in bands; of label,
+    one for each positive finding."""
     groups = []
     for kind in kinds:
         if kind == "label":
@@ -190,8 +190,8 @@ def groups_of(record, kinds):
 
 
 def count_pairs(records):
-    """How many records hold two values together, ages in bands: {"sex=female": {"view=PA": 12, ...}, ...}, the value of the
-    field that comes first in FIELDS outside. A pair that no record holds is absent."""
+    """How many records hold two values together, ages in bands: {"sex=female": {"view=PA": 12, ...}, ...}, the value
+    of the field that comes first in FIELDS outside. A pair that no record holds is absent."""
     rows, pairs = collections.Counter(tuple(groups_of(record, FIELDS)) for record in records), {}
     for values, count in rows.items():
         for a, b in itertools.combinations(values, 2):
@@ -201,8 +201,9 @@ def count_pairs(records):
 
 
 def never_together(record, pairs):
-    """The first two values of a record that no training record held together, as ("dataset=kermany", "age=80-120"); None if
-    there are none. `pairs` is that of count_pairs; an empty one, of weights that do not hold it, says nothing."""
+    """The first two values of a record that no training record held together, as ("dataset=kermany", "age=80-120");
+    None if there are none. `pairs` is that of count_pairs; an empty one, of weights that do not hold it, says
+    nothing."""
     for a, b in itertools.combinations(groups_of(record, FIELDS) if pairs else (), 2):
         if b not in pairs.get(a, {}):
             return a, b

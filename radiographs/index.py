@@ -32,6 +32,9 @@ def index_records(root):
         raise InputError(f"{root}: no index.csv, so this is not a prepared source (see python data.py prepare)")
     inside = root.resolve()
     for row in read_table(table):
+        if missing := [column for column in COLUMNS if column not in row]:
+            raise InputError(f"{table}, line {row.line}: no column {missing[0]!r}, so this is no prepared source: a folder "
+                             "with index.csv (see python data.py prepare)")
         try:
             yield index_record(row, inside)
         except InputError as error:
@@ -40,9 +43,6 @@ def index_records(root):
 
 def index_record(row, root):
     """One row as a record."""
-    missing = [column for column in COLUMNS if row.get(column) is None]
-    if missing:
-        raise InputError(f"no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
     if not (root / row["ImagePath"]).resolve().is_relative_to(root):
         raise InputError(f"ImagePath {row['ImagePath']!r} leaves {root}")
     if row["Split"] not in SPLITS:
@@ -77,8 +77,9 @@ def index_row(record):
 
 
 def read_rows(path, datasets, covered):
-    """The rows of a CSV as records and their seeds, None where none is given. Its columns are those of an index, or names of
-    fields, with `file` and `seed` as in the metadata.csv of a sample. Raises InputError naming row and column."""
+    """The rows of a CSV as records and their seeds, None where none is given. Its columns are those of an index, or
+    names of fields, with `file` and `seed` as in the metadata.csv of a sample. Raises InputError naming row and
+    column."""
     if not path.is_file():
         raise InputError(f"--metadata {path}: no such file")
     rows = list(read_table(path))
@@ -87,7 +88,7 @@ def read_rows(path, datasets, covered):
     if "ImagePath" in rows[0]:
         records, seeds = [{field: row[field] for field in FIELDS if field in row} for row in index_records(path)], None
     elif strange := set(rows[0]) - {"file", "seed", *FIELDS}:
-        raise InputError(f"{path}: unknown column {', '.join(sorted(map(str, strange)))}; accepted: seed, {', '.join(FIELDS)}, "
+        raise InputError(f"{path}: unknown column {', '.join(sorted(strange))}; accepted: seed, {', '.join(FIELDS)}, "
                          "or the columns of an index.csv")
     else:
         records, seeds = [], []

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from common import cli
 from common.cli import InputError
-from radiographs import dicom, fields, pixels, tags
+from radiographs import dicom, fields, pixels, progress, tags
 from radiographs.index import (COLUMNS, SPLITS, index_row, read_index,
                                stable_split)
 
@@ -154,7 +154,7 @@ def test_a_bad_row_is_refused_in_one_line_and_nothing_is_written(tmp_path, comma
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", "root", "out"), "no Data_Entry_2017*.csv* in it or below it"),
+    (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", "root", "out"), "no test_list.txt"),
     (("folder", ".", "out"), "out lies inside ."), (("folder", "root", "file/out"), "file")])
 def test_bad_arguments_of_prepare(tmp_path, command, arguments, message):
     (tmp_path / "root").mkdir()
@@ -207,10 +207,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes_for_any_number_of_workers(f
                 (other / "index.csv.part").open("a").write("half a ro")  # what a crash may leave behind
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(data, "write_json", interrupted)
+        monkeypatch.setattr(progress, "write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             data.prepare("folder", forty, other, size=32, workers=workers)
-        monkeypatch.setattr(data, "write_json", write)
+        monkeypatch.setattr(progress, "write_json", write)
         assert not (other / "index.csv").exists()
         assert sum(1 for _ in other.glob("images/*.png")) < 34
         data.prepare("folder", forty, other, size=32, workers=workers)
