@@ -63,7 +63,7 @@ def checked(cells, header):
     """The cells of a row: one for each column with a name, and nothing but empty ones beyond the first line's."""
     missing, extra = header[len(cells):], cells[len(header):]
     if any(missing) or any(cell.strip() for cell in extra):
-        raise Malformed(f"{len(cells)} cells, where the first line has {len(header)}")
+        raise Malformed(f"{len(cells)} cells, where the first line names {len(header)}")
     return cells
 
 

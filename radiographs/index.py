@@ -33,7 +33,7 @@ def index_records(root):
     inside = root.resolve()
     for row in read_table(table):
         if missing := [column for column in COLUMNS if column not in row]:
-            raise InputError(f"{table}, line {row.line}: no column {missing[0]!r}, so this is no prepared source: a folder "
+            raise InputError(f"{table}, line {row.line}: no column {missing[0]!r}: not a prepared source, a folder "
                              "with index.csv (see python data.py prepare)")
         try:
             yield index_record(row, inside)
