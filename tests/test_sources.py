@@ -1,14 +1,18 @@
 """Each source in its own layout, a few rows with the traps that the real tables hold, harmonised by hand."""
 import csv
+import gzip
 import json
+import os
 
 import numpy as np
 import pytest
+from pictures import write_dicom
 from PIL import Image
 
 import data
 from common import cli
-from radiographs import fields, terms
+from radiographs import fields, sources, terms
+from radiographs.files import Download, walk
 from radiographs.index import read_index, stable_split
 
 RAMP = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
@@ -172,6 +176,210 @@ def test_an_image_that_no_row_names_is_in_the_rejected(tmp_path):
     assert data.prepare("brax", tmp_path / "root", tmp_path / "out", size=32) == {"taken": 2, "rejected": 1, "missing": 0}
     assert (tmp_path / "out/rejected.csv").read_text().splitlines()[1:] == [
         "images/id_3/Study_1/image-9.png,\"no row of the tables names it, or another file of this name was taken\""]
+
+
+# --- downloads as they lie on disks -----------------------------------------------------------------------
+
+def prepared(name, tmp_path, **options):
+    """The counts and the index of a source below tmp_path/root."""
+    counts = data.prepare(name, tmp_path / "root", tmp_path / "out", size=32, **options)
+    return dict(counts), read_index(tmp_path / "out")
+
+
+def test_chexpert_as_its_archives_unpack(tmp_path):
+    """CheXpert v1.0 in batches: no folder is called train."""
+    row = {"Path": "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg", "Sex": "Male", "Age": "57",
+           "Frontal/Lateral": "Frontal", "AP/PA": "AP"} | BLANK
+    base = tmp_path / "root/chexpertchestxrays-u20210408"
+    write_rows(base / "CheXpert-v1.0 batch 1 (validate & csv)/train.csv", row,
+               row | {"Path": "CheXpert-v1.0/train/patient00002/study1/view1_frontal.jpg"})
+    write_rows(base / "CheXpert-v1.0 batch 1 (validate & csv)/valid.csv",
+               row | {"Path": "CheXpert-v1.0/valid/patient64541/study1/view1_frontal.jpg"})
+    image(base / "CheXpert-v1.0 batch 2 (train 1)/patient00001/study1/view1_frontal.jpg")
+    image(base / "CheXpert-v1.0 batch 3 (train 2)/patient00002/study1/view1_frontal.jpg")
+    image(base / "CheXpert-v1.0 batch 1 (validate & csv)/valid/patient64541/study1/view1_frontal.jpg")
+    counts, records = prepared("chexpert", tmp_path)
+    assert counts == {"taken": 3, "rejected": 0, "missing": 0}
+    assert [r["patient"] for r in records] == ["CXPpatient00001", "CXPpatient00002", "CXPpatient64541"]
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ".dicom", ".DCM", ".PNG", ".jpeg", ".jpg"])
+@pytest.mark.parametrize("make", [mimic, chexpert, padchest, brax], ids=lambda make: make.__name__)
+def test_an_image_is_found_whatever_its_ending(tmp_path, make, suffix):
+    expected = make(tmp_path / "root")
+    for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
+        path.unlink()
+        if suffix.lower() in (".dcm", ".dicom"):
+            write_dicom(path.with_suffix(suffix), np.asarray(RAMP))
+        else:
+            image(path.with_suffix(suffix))
+    counts = data.prepare(make.__name__, tmp_path / "root", tmp_path / "out", size=32)
+    assert counts["taken"] == sum(isinstance(e, dict) for e in expected) and counts["missing"] == expected.count(None)
+
+
+def test_dicom_is_found_by_its_own_column(tmp_path):
+    brax(tmp_path / "root")
+    write_dicom(tmp_path / "root/other.dcm", np.asarray(RAMP))
+    for name, column, path in (("brax", "DicomPath", "Anonymized_DICOMs/id_1/Study_1/Series_1/scan.dcm"),
+                               ("chexpert", "path_to_dcm", "train/patient1/study1/scan.dcm")):
+        root = tmp_path / name / "root"
+        (brax if name == "brax" else chexpert)(root)
+        for file in root.rglob("*.png"):
+            file.unlink()
+        [table] = root.rglob("master*.csv") if name == "brax" else root.rglob("df_*.csv")
+        first, *rows = table.read_text().splitlines()
+        table.write_text("\n".join([f"{column},{first}", f"{path},{rows[0]}", *(f"nothing.dcm,{row}" for row in rows[1:])]))
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        write_dicom(root / path, np.asarray(RAMP))
+        counts, records = prepared(name, tmp_path / name)
+        assert counts == {"taken": 1, "rejected": 0, "missing": 1}
+
+
+def test_links_are_followed_and_lead_in_no_circle(tmp_path):
+    padchest(tmp_path / "elsewhere")
+    (tmp_path / "root").mkdir()
+    for name in ("0", "1", "54", "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"):
+        (tmp_path / "root" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere/1/around").symlink_to(tmp_path / "elsewhere/1")
+    (tmp_path / "root/up").symlink_to(tmp_path)
+    (tmp_path / "root/again").symlink_to(tmp_path / "elsewhere/0")
+    (tmp_path / "root/nowhere").symlink_to(tmp_path / "nowhere")
+    assert prepared("padchest", tmp_path)[0] == {"taken": 3, "rejected": 1, "missing": 1}
+    unreadable = []
+    files = list(walk(tmp_path / "root", unreadable))
+    assert len(files) == len({os.path.realpath(file) for file in files}) == 6 and not unreadable
+
+
+def test_no_image_at_all_is_a_failed_run_that_says_what_it_looked_for(tmp_path, command):
+    brax(tmp_path / "root")
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    status, _, errors = command("data.py", "prepare", "brax", tmp_path / "root", tmp_path / "out")
+    assert status == 1 and f"{tmp_path}/root" in errors and "id_1/Study_1/Series_1/image-1" in errors and ".dicom" in errors
+    assert len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+    (tmp_path / "root/images/id_1/Study_1/Series_1/image-1.png").write_text("no image")
+    status, _, errors = command("data.py", "prepare", "brax", tmp_path / "root", tmp_path / "out")
+    assert status == 1 and "no image was taken: 1 rejected" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("beside", ["Data_Entry_2017.csv:Zone.Identifier", "Data_Entry_2018.csv.part", "Data_Entry_2019.csv.zip",
+                                    "._Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv.gz.crdownload"])
+def test_what_lies_beside_a_table_is_not_it(tmp_path, beside):
+    (tmp_path / "Data_Entry_2017_v2020.csv").write_text("the table")
+    (tmp_path / "Data_Entry_2017.csv").write_text("an older one")
+    (tmp_path / beside).write_text("no table")
+    (tmp_path / "Data_Entry_2020.csv").mkdir()
+    assert Download(tmp_path).table("Data_Entry_20*.csv").read_text() == "the table"
+
+
+def test_two_rows_of_one_file_name_keep_two_images(tmp_path):
+    """BRAX's names repeat in other folders; one path in two rows is one image of one patient, and the second is refused."""
+    row = {"PatientSex": "M", "PatientAge": "40", "ViewPosition": "PA"} | BLANK
+    paths = ["images/id_1/Study_1/Series_1/image.png", "images/id_2/Study_2/Series_1/image.png",
+             "images/id_2/Study_2/Series_1/image.png"]
+    write_rows(tmp_path / "root/master_spreadsheet_update.csv",
+               *(row | {"PngPath": path, "PatientID": str(i)} for i, path in enumerate(paths)))
+    for i, path in enumerate(paths[:2]):
+        (tmp_path / "root" / path).parent.mkdir(parents=True)
+        Image.fromarray(np.roll(np.asarray(RAMP), 1000 * i)).save(tmp_path / "root" / path)
+    counts, records = prepared("brax", tmp_path, workers=2)
+    assert counts == {"taken": 2, "rejected": 1, "missing": 0}
+    one, two = (Image.open(tmp_path / "out" / record["path"]).tobytes() for record in records)
+    assert one != two and [record["patient"] for record in records] == ["BRAX0", "BRAX1"]
+    assert "listed twice" in (tmp_path / "out/rejected.csv").read_text()
+
+
+def test_long_paths_become_names_that_a_file_system_takes():
+    path = "GRDN/" + "/".join(["1.2.826.0.1.3680043.8.498." + "7" * 39] * 3) + ".png"
+    assert len(sources.path_name(path)) < 150 and sources.path_name(path) != sources.path_name("x" + path)
+    assert sources.path_name("a/b/c.png") == "a_b_c"
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, race", [
+    ("White or Caucasian", "white"), ("CAUCASIAN", "white"), ("WHITE - RUSSIAN", "white"), ("White, non-Hispanic", "white"),
+    ("Black or African American", "black"), ("BLACK/CAPE VERDEAN", "black"), ("ASIAN - SOUTH EAST ASIAN", "asian"),
+    ("Asian, Hispanic", "asian"), ("Eurasian", None), ("Non-white", None), ("not Black", None), ("White and Asian", None),
+    ("American Indian/Alaska Native", None), ("HISPANIC/LATINO - DOMINICAN", None), ("Blackfoot", None), ("", None), (None, None)])
+def test_races_are_read_by_words(text, race):
+    assert sources.race_of(text) == race
+
+
+@pytest.mark.parametrize("words, labels", [
+    (["unchanged"], {}), (["pacemaker"], {"support_devices": "positive"}), (["nsg tube"], {"support_devices": "positive"}),
+    (["sternotomy"], {}), (["suture material", "mastectomy", "obesity", "nipple shadow"], {}), (["a new term"], {}), ([], {}),
+    (["normal"], {"no_finding": "positive"}), (["normal", "unchanged"], {"no_finding": "positive"}),
+    (["scoliosis"], {"no_finding": "negative"}), ([" Scoliosis ", "pacemaker"], {"no_finding": "negative", "support_devices": "positive"}),
+    (["normal", "kyphosis"], {"no_finding": "negative"}), (["nodule"], {"no_finding": "negative", "lung_lesion": "positive"})])
+def test_only_findings_speak_against_no_finding(words, labels):
+    assert terms.labels_of(words, terms.PADCHEST_TERMS) == labels
+
+
+def test_vindr_s_aorta_answers_no_question_but_its_own():
+    assert "aortic enlargement" not in terms.VINDR_ASKED
+    assert terms.labels_of(["aortic enlargement"], terms.VINDR_TERMS) == {
+        "enlarged_cardiomediastinum": "positive", "no_finding": "negative"}
+
+
+# --- tables as they are downloaded ------------------------------------------------------------------------
+
+def test_rexgradient_keeps_images_without_views(tmp_path):
+    study = {"PatientID": "p", "PatientSex": "M", "PatientAge": "040Y", "ImagePath": [f"../deid_png/g/p/{i}.png" for i in range(3)]}
+    studies = {"a": study | {"ImageViewPosition": ["PA"]}, "b": study | {"ImageViewPosition": None, "ImagePath": ["../deid_png/g/p/3.png"]},
+               "c": study | {"ImageViewPosition": [], "ImagePath": None}}
+    for split in ("train", "valid", "test"):
+        write(tmp_path / f"root/{split}_metadata_view_position.json", json.dumps(studies if split == "train" else []))
+    for i in range(4):
+        image(tmp_path / f"root/deid_png/g/p/{i}.png")
+    counts, records = prepared("rexgradient", tmp_path)
+    assert counts["taken"] == 4 and [record.get("view") for record in records] == ["PA", None, None, None]
+
+
+@pytest.mark.parametrize("content", ["3", "[3]", '{"a": {"PatientID": "p"}}', "[" * 100_000, "", "{", '[{"PatientID": null}]'])
+def test_rexgradient_s_damaged_json_is_named(tmp_path, content):
+    rexgradient(tmp_path / "root")
+    [table] = tmp_path.rglob("train_metadata_view_position.json")
+    table.write_text(content)
+    with pytest.raises(cli.InputError, match="train_metadata_view_position.json"):
+        prepared("rexgradient", tmp_path)
+
+
+def test_mimic_iv_1_and_a_foreign_table_of_its_name(tmp_path, capsys):
+    """The older name of a column is read; a table that a source can do without does not stop it."""
+    mimic(tmp_path / "root")
+    table = tmp_path / "root/mimiciv/admissions.csv"
+    table.write_text(table.read_text().replace("race", "ethnicity"))
+    assert prepared("mimic", tmp_path)[1][0]["race"] == "black"
+    table.write_text("subject_id,insurance\n10000032,Other\n")
+    data.prepare("mimic", tmp_path / "root", tmp_path / "other", size=32)
+    assert "race" not in read_index(tmp_path / "other")[0] and f"warning: {table} is left out" in capsys.readouterr().err
+
+
+CHANGES = [lambda text: text.rstrip()[:-12].encode(), lambda text: gzip.compress(text.encode())[:-20],
+           lambda text: b"<!DOCTYPE html><title>Log in</title>", lambda text: b"", lambda text: text.encode() + b"\0\0",
+           lambda text: (text + "x" * 200_000).encode(), lambda text: text.encode("utf-16")[:-1]]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [mimic, padchest, brax], ids=lambda make: make.__name__)
+def test_a_damaged_table_is_one_line_that_names_it(tmp_path, command, make, change):
+    make(tmp_path / "root")
+    table = max(tmp_path.rglob("*.csv"), key=lambda path: ("metadata" in path.name, path.name))
+    table.write_bytes(change(table.read_text()))
+    status, _, errors = command("data.py", "prepare", make.__name__, tmp_path / "root", tmp_path / "out", "--workers", 1)
+    assert status == 2 and str(table) in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("labels", ["['normal'", "['a' 'b', ", "[" * 5000, "[1/0]", "[open('x')]"])
+def test_a_list_of_terms_that_is_none_is_named_by_line(tmp_path, labels):
+    padchest(tmp_path / "root")
+    [table] = tmp_path.rglob("PADCHEST*.csv")
+    rows = list(csv.DictReader(open(table)))
+    rows[2]["Labels"] = labels
+    write_rows(table, *rows)
+    with pytest.raises(cli.InputError, match=r"160K_01.02.19.csv, line 4: Labels is not a list of terms"):
+        prepared("padchest", tmp_path)
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd.png", "/etc/passwd.png"])
