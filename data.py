@@ -60,12 +60,14 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         raise InputError("--table and --coding describe a hospital's folder, the source called folder")
     if source == "folder" and not table and (root / "index.csv").exists():
         table = root / "index.csv"
+    if coding and not table:
+        raise InputError("--coding says what numbers of a table mean; name the table with --table FILE.csv")
     settings = {"source": source, "size": size, "bits": bits, "metadata_only": metadata_only, "coding": coding,
                 "labels": file_checksum(labels), "table": file_checksum(table)}
     check_settings(out, settings)
     download, labels = Download(root), read_labels(labels) if labels else {}
     counts, checksum = survey(harmonise(source, download, labels, table, coding), labels)
-    report(counts, download, labels, table, metadata_only)
+    report(counts, source, download, labels, table, metadata_only)
 
     # The workers start before the folder is locked: a process that starts later would hold the lock as well.
     with worker_pool(min(workers, counts["all"])) as work, locked(out):
@@ -129,14 +131,15 @@ def check_settings(out, settings):
         before = read_json(out / "prepared.json")
     elif (out / "progress.json").exists():
         with contextlib.suppress(InputError):  # a damaged one is begun anew
-            before = read_json(out / "progress.json").get("settings")
+            saved = read_json(out / "progress.json").get("settings")
+            before = saved if isinstance(saved, dict) else settings
     for key, value in settings.items():
         if before.get(key) != value:
             how = f"another --{key}" if key in ("labels", "table") else f"{key} = {before.get(key)}, not {value}"
             raise InputError(f"{out} was prepared with {how}; name another folder, or delete it")
 
 
-def report(counts, download, labels, table, metadata_only):
+def report(counts, source, download, labels, table, metadata_only):
     """Says what was found before the work begins; raises RunError if that is nothing."""
     if labels:
         print(f"labels: {len(labels)} names, of which {counts['labelled']} are images of {download.root}")
@@ -144,6 +147,10 @@ def report(counts, download, labels, table, metadata_only):
         print(f"{table}: {counts['rows']} rows, of which {counts['files']} found their file below {download.root}")
         if unread := unread_columns(table):
             print(f"columns that are not read: {', '.join(unread)}")
+    elif source == "folder":
+        for file in download.files:
+            if file.endswith((".csv", ".tsv")):
+                print(f"{file} is not read; to take what it says of the images, give --table {file}")
     if counts["rows"] and (counts["files"] or metadata_only):
         return
     sought = f"; looked for {download.missed!r} and the like, ending in {', '.join(ENDINGS)}" if download.missed else ""
@@ -285,8 +292,12 @@ def main():
         if args.out:
             plot_statistics(table, args.out)
         return
-    counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers, args.metadata_only,
-                     args.labels, args.table, args.coding)
+    try:
+        counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers, args.metadata_only,
+                         args.labels, args.table, args.coding)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     what, rejected = "rows" if args.metadata_only else "images", rejected_path(args.source, args.out)
     print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "
           f"{counts['missing']} in the tables but not there")

@@ -1,9 +1,16 @@
 import csv
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from pictures import RAMP, picture, write_dicom
 from PIL import Image
 
@@ -215,6 +222,174 @@ def test_an_interrupted_run_ends_with_the_same_bytes_for_any_number_of_workers(f
         assert sum(1 for _ in other.glob("images/*.png")) < 34
         data.prepare("folder", forty, other, size=32, workers=workers)
         assert tree(other) == tree(out)
+
+
+def interrupt(monkeypatch, function):
+    """Calls `function`, a preparation, and breaks it off after its first chunk."""
+    save = progress.Progress.save
+
+    def last(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.Progress, "save", last)
+    with pytest.raises(KeyboardInterrupt):
+        function()
+    monkeypatch.setattr(progress.Progress, "save", save)
+
+
+def labels_table(path, value):
+    cli.write_csv(path, ["name", *fields.LABELS], [[f"{i:02}.png", *[value] * 14] for i in range(40)])
+    return path
+
+
+def test_what_decides_the_output_does_not_change_in_a_continued_run(forty, tmp_path, monkeypatch):
+    """Labels, another table under the same name, and the table of a hospital's folder."""
+    def run(out, **options):
+        return data.prepare("folder", forty, tmp_path / out, size=32, **options)
+
+    labels = labels_table(tmp_path / "labels.csv", "1")
+    interrupt(monkeypatch, lambda: run("a", labels=labels))
+    for other in (None, labels_table(tmp_path / "others.csv", "0")):
+        with pytest.raises(InputError, match="was prepared with another --labels; name another folder"):
+            run("a", labels=other)
+    run("a", labels=labels)
+    with pytest.raises(InputError, match="another --labels"):
+        run("a")
+    assert {record["edema"] for record in read_index(tmp_path / "a")} == {"positive"}
+    table = tmp_path / "table.csv"
+    cli.write_csv(table, ["file", "age"], [[f"{i:02}.png", 30] for i in range(40)])
+    interrupt(monkeypatch, lambda: run("b", table=table))
+    cli.write_csv(table, ["file", "age"], [[f"{i:02}.png", 80] for i in range(40)])
+    with pytest.raises(InputError, match="another --table"):
+        run("b", table=table)
+    # Images that came or went meanwhile: the rows begin anew.
+    interrupt(monkeypatch, lambda: run("c"))
+    (forty / "01.png").unlink()
+    assert run("c") == {"taken": 33, "rejected": 6, "missing": 0} and len(read_index(tmp_path / "c")) == 33
+
+
+def killed_at(monkeypatch, function, calls, name):
+    """Calls `function` and breaks it off at the n-th call of a function that radiographs/progress.py uses."""
+    original, seen = getattr(progress, name), []
+
+    def stopped(*arguments, **options):
+        seen.append(1)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(progress, name, stopped)
+    try:
+        function()
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.setattr(progress, name, original)
+
+
+@pytest.mark.parametrize("name, calls", [("whole_file", 1), ("whole_file", 2), ("write_json", 5)])
+def test_a_kill_at_the_end_leaves_nothing_half(forty, tmp_path, monkeypatch, name, calls):
+    data.prepare("folder", forty, tmp_path / "whole/out", size=32)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/out.key").write_text((tmp_path / "whole/out.key").read_text())
+    killed_at(monkeypatch, lambda: data.prepare("folder", forty, tmp_path / "cut/out", size=32), calls, name)
+    assert (tmp_path / "cut/out/index.csv.part").exists()
+    data.prepare("folder", forty, tmp_path / "cut/out", size=32)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda out: (out / "index.csv.part").rename(out / "index.csv"), lambda out: (out / "index.csv.part").write_text(""),
+    lambda out: (out / "index.csv.part").write_bytes(b"\0" * 10_000), lambda out: (out / "progress.json").write_text(""),
+    lambda out: (out / "progress.json").write_text("[" * 100_000), lambda out: (out / "progress.json").write_text("3"),
+    lambda out: (out / "progress.json").write_text('{"settings": 3}'),
+    lambda out: (out / "progress.json").write_text((out / "progress.json").read_text().replace('"ends"', '"end"')),
+    lambda out: (out.parent / "out.rejected.csv.part").unlink()])
+def test_damaged_leftovers_are_begun_anew(forty, tmp_path, monkeypatch, damage):
+    out = tmp_path / "cut/out"
+    interrupt(monkeypatch, lambda: data.prepare("folder", forty, out, size=32))
+    damage(out)
+    assert data.prepare("folder", forty, out, size=32) == {"taken": 34, "rejected": 6, "missing": 0}
+    assert len(read_index(out)) == 34 and not list(out.glob("*.part")) and not (out / "progress.json").exists()
+
+
+def test_two_commands_do_not_fill_one_folder(forty, tmp_path, command):
+    with cli.locked(tmp_path / "out"):
+        status, _, errors = command("data.py", "prepare", "folder", forty, tmp_path / "out", "--size", 32)
+    assert status == 2 and "another command is filling this folder" in errors and len(errors.splitlines()) == 1
+    assert data.prepare("folder", forty, tmp_path / "out", size=32)["taken"] == 34
+
+
+PREPARE_IMAGE = data.prepare_image
+
+
+def killed(job):
+    """prepare_image in a worker that the system ends for want of memory."""
+    if job[0].name == "13.png":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return PREPARE_IMAGE(job)
+
+
+def test_a_killed_worker_ends_the_run_which_can_be_continued(forty, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(data, "prepare_image", killed)
+    status, _, errors = command("data.py", "prepare", "folder", forty, tmp_path / "out", "--size", 32, "--workers", 2)
+    assert status == 1 and "a worker process was killed" in errors.splitlines()[-1] and "Traceback" not in errors
+    monkeypatch.setattr(data, "prepare_image", PREPARE_IMAGE)
+    assert data.prepare("folder", forty, tmp_path / "out", size=32, workers=2)["taken"] == 34
+
+
+@pytest.mark.slow  # starts Python
+def test_ctrl_c_ends_all_processes_without_a_word_of_theirs(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(root, np.random.default_rng(0).integers(0, 255, (1500, 1500), dtype=np.uint8), name="0.png")
+    for i in range(1, 200):
+        os.link(root / "0.png", root / f"{i}.png")
+    for wait in (0.0, 0.5):
+        process = subprocess.Popen([sys.executable, ROOT / "data.py", "prepare", "folder", root, tmp_path / f"out{wait}", "--workers", "3"],
+                                   stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        while not (tmp_path / f"out{wait}/images").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in errors and "Error" not in errors
+        assert errors.splitlines()[-1] == "interrupted; the same command goes on from here"
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+
+
+def test_file_names_that_are_no_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "root")
+    os.makedirs(root + b"/caf\xe9")
+    picture(tmp_path, RAMP, name="x.png")
+    for name in (b"/caf\xe9/\xff.png", b"/caf\xe9/b.png"):
+        shutil.copy(tmp_path / "x.png", root + name)
+    open(root + b"/caf\xe9/\xfe.png", "w").close()
+    assert data.prepare("folder", tmp_path / "root", tmp_path / "out", size=32) == {"taken": 2, "rejected": 1, "missing": 0}
+    assert [row["path"] for row in read_rows(tmp_path / "out.rejected.csv")] == [r"caf\xe9/\xfe.png"]
+
+
+def test_an_unreadable_folder_is_rejected_by_name(tmp_path, monkeypatch):
+    (tmp_path / "root/closed").mkdir(parents=True)
+    picture(tmp_path / "root", RAMP, name="a.png")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert data.prepare("folder", tmp_path / "root", tmp_path / "out", size=32) == {"taken": 1, "rejected": 1, "missing": 0}
+    assert read_rows(tmp_path / "out.rejected.csv") == [{"path": "closed", "reason": "a folder that cannot be read"}]
+
+
+@pytest.mark.parametrize("key", ["", "\n", "ab" * 31, "zz" * 32, "ab" * 33, "\0" * 64])
+def test_a_key_that_is_none_is_refused(forty, tmp_path, key):
+    (tmp_path / "out.key").write_text(key)
+    with pytest.raises(InputError, match="out.key: not a key of 64 hexadecimal digits"):
+        data.prepare("folder", forty, tmp_path / "out", size=32)
 
 
 def test_every_file_is_in_one_table(forty, tmp_path):
