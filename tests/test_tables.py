@@ -3,6 +3,7 @@ import csv
 import gzip
 import io
 
+import fuzz_tables
 import pytest
 
 from common.cli import InputError
@@ -60,3 +61,10 @@ def test_a_missing_table_and_a_folder_in_its_place(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(InputError, match="no such file"):
             list(read_table(path))
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_no_damage_is_a_traceback(count):
+    outcomes, faults = fuzz_tables.fuzz(count, seed=count)
+    assert not faults
+    assert sum(outcomes.values()) == count and {outcome for _, outcome in outcomes} == {"taken", "refused"}
