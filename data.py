@@ -32,7 +32,6 @@ from common.cli import (InputError, Parser, RunError, integer, locked, new_path,
                         write_json)
 from common.tables import read_table
 from common.workers import worker_pool
-from radiographs import tags
 from radiographs.fields import FIELDS, FINDINGS, VALUES
 from radiographs.files import ENDINGS, Download, printable
 from radiographs.harmonise import SOURCES, TAGGED, complete, harmonise, read_labels, survey
@@ -40,6 +39,7 @@ from radiographs.hospital import CODINGS, pseudonymiser, unread_columns
 from radiographs.index import COLUMNS, index_records, index_row, read_index
 from radiographs.pixels import Rejected, is_synthetic, load_image, read_radiograph
 from radiographs.progress import Progress
+from radiographs.tags import dicom_tags
 
 CHUNK = 1024  # images between two moments from which an interrupted run continues
 
@@ -47,7 +47,8 @@ CHUNK = 1024  # images between two moments from which an interrupted run continu
 # ---------------------------------------------------------------------------------------------------------
 # Preparing: from records and image files to an index and images of one size
 
-def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None, table=None, coding=None):
+def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None, table=None, coding=None,
+            used_bits=None):
     """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing,
     and synthetic: how many of those taken say that they are, if any. Raises RunError if no image is taken.
 
@@ -62,8 +63,8 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
         table = root / "index.csv"
     if coding and not table:
         raise InputError("--coding says what numbers of a table mean; name the table with --table FILE.csv")
-    settings = {"source": source, "size": size, "bits": bits, "metadata_only": metadata_only, "coding": coding,
-                "labels": file_checksum(labels), "table": file_checksum(table)}
+    settings = {"source": source, "size": size, "bits": bits, "used_bits": used_bits, "metadata_only": metadata_only,
+                "coding": coding, "labels": file_checksum(labels), "table": file_checksum(table)}
     check_settings(out, settings)
     download, labels = Download(root), read_labels(labels) if labels else {}
     counts, checksum = survey(harmonise(source, download, labels, table, coding), labels)
@@ -167,7 +168,7 @@ def prepare_chunk(chunk, work, out, pseudonym, settings):
         if file and "reject_reason" not in record and (tagged or not without_images):
             name = pseudonym(record["name"]) if pseudonym else record["name"]
             target = None if without_images else out / f"images/{name}.png"
-            job = file, target, settings["size"], settings["bits"], tagged
+            job = file, target, settings["size"], settings["bits"], settings["used_bits"], tagged
         jobs.append(job)
     results = work(prepare_image, [job for job in jobs if job])
     for (file, record), job in zip(chunk, jobs):
@@ -178,15 +179,15 @@ def prepare_chunk(chunk, work, out, pseudonym, settings):
 def prepare_image(job):
     """Reads, resizes and writes one image, or with target None only reads its tags. Returns the reason why it was not
     taken or None, whether it says that it is synthetic (which the prepared PNG then says too), and its tags."""
-    file, target, size, bits, tagged = job
-    found = tags.dicom_tags(file) if tagged else {}
-    if target is None:
-        return None, False, found
+    file, target, size, bits, used_bits, tagged = job
+    found = dicom_tags(file) if tagged else {}
+    if target is None or "reject_reason" in found:
+        return found.pop("reject_reason", None), False, found
     try:
-        array = read_radiograph(file, size, bits)
+        array, synthetic = read_radiograph(file, size, bits, used_bits), is_synthetic(file)
     except Rejected as reason:
         return str(reason), False, {}
-    synthetic, info = is_synthetic(file), PngInfo()
+    info = PngInfo()
     if synthetic:
         info.add_text("Synthetic", "yes")
     with whole_file(target) as temporary:
@@ -275,6 +276,7 @@ def main():
     p.add_argument("out", type=new_path, help="a new folder; the same command again continues what was interrupted")
     p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels a side; %(default)s")
     p.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bits of each output pixel, %(default)s")
+    p.add_argument("--used-bits", type=integer(8, 16), help="how many bits of 16-bit files the source uses, such as 12")
     p.add_argument("--workers", type=integer(1, 1024), default=os.cpu_count(), help="processes, one a core by default")
     p.add_argument("--metadata-only", action="store_true", help="an index of all rows of the tables, without images")
     p.add_argument("--labels", type=new_path, help="a CSV of labels by image name, for a source that has reports only")
@@ -294,7 +296,7 @@ def main():
         return
     try:
         counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers, args.metadata_only,
-                         args.labels, args.table, args.coding)
+                         args.labels, args.table, args.coding, args.used_bits)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise
