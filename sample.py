@@ -27,6 +27,7 @@ import flow
 import radit
 from autoencoder import lora
 from autoencoder.load import load_vae
+from baselines.radunet import RadUNet, RadUNetConfig, activations
 from common import cli, hub
 from common.cli import InputError, RunError
 from radiographs import dicom, fields, pixels
@@ -39,26 +40,30 @@ DEMO = Path(__file__).parent / "weights" / "demo"
 # From metadata and seeds to images in memory
 
 def load_weights(folder):
-    """RadiT and its VAE (None for a pixel model) from a folder, here or on the Hub, that holds radit/ and vae/.
+    """RadiT and its VAE (None for a pixel model) from a folder, here or on the Hub, that holds radit/ and vae/; or the
+    baseline in RadiT's place, from radunet/.
 
     Both are in eval mode and float32, on the CPU. Raises InputError if anything is missing, damaged or does not fit.
     """
     folder = Path(folder)
-    if not hub.find(folder, "radit/config.json"):
+    if hub.find(folder, "radit/config.json"):
+        model = hub.load_model(radit.RadiT, radit.RadiTConfig, folder / "radit")
+        if hub.find(folder / "radit", "lora.json"):
+            model.fingerprint = hub.fingerprint(hub.find(folder / "radit", "model.safetensors"))
+            lora.load(model, folder / "radit")
+            lora.merge(model)
+    elif hub.find(folder, "radunet/config.json"):
+        model = hub.load_model(RadUNet, RadUNetConfig, folder / "radunet")
+    else:
         raise InputError(f"{folder}: no radit/ in it; weights are a folder that holds radit/ and, for latents, vae/")
-    model = hub.load_model(radit.RadiT, radit.RadiTConfig, folder / "radit")
-    if hub.find(folder / "radit", "lora.json"):
-        model.fingerprint = hub.fingerprint(hub.find(folder / "radit", "model.safetensors"))
-        lora.load(model, folder / "radit")
-        lora.merge(model)
     if not model.config.vae:
         if model.config.channels != 1:
-            raise InputError(f"{folder / 'radit'}: made for {model.config.channels} channels but names no VAE; "
+            raise InputError(f"{folder}: made for {model.config.channels} channels but names no VAE; "
                              "a model of pixels has 1 channel")
         return model, None
     vae = load_vae(folder / "vae").to(memory_format=torch.channels_last)  # faster on a CPU
     if vae.fingerprint != model.config.vae:
-        raise InputError(f"{folder / 'vae'} is not the VAE whose latents {folder / 'radit'} was trained on")
+        raise InputError(f"{folder / 'vae'} is not the VAE whose latents the model beside it was trained on")
     return model, vae
 
 
@@ -80,7 +85,8 @@ def fitting_batch(cfg, device):
     """
     if device.type != "cuda":
         return 16
-    bytes_an_image = 2 * cfg.tokens * (10 * cfg.width + 4 * cfg.hidden) * 4
+    numbers = activations(cfg) if isinstance(cfg, RadUNetConfig) else cfg.tokens * (10 * cfg.width + 4 * cfg.hidden)
+    bytes_an_image = 2 * numbers * 4
     return 2 ** int(math.log2(min(max(torch.cuda.mem_get_info(device)[1] / 2 / bytes_an_image, 1), 64)))
 
 
@@ -129,7 +135,8 @@ def provenance(weights, **settings):
     """What decides an image beside its metadata and its seed, as every file says: the name and the fingerprint of the
     weights (`weights`, a folder here or on the Hub), and settings such as steps and guidance."""
     name = weights.name if weights.is_dir() else str(weights)
-    return {"weights": name, "fingerprint": hub.fingerprint(weights / "radit"), **settings}
+    model = "radit" if hub.find(weights, "radit/config.json") else "radunet"
+    return {"weights": name, "fingerprint": hub.fingerprint(weights / model), **settings}
 
 
 def text_fields(settings, **more):

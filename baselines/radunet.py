@@ -181,6 +181,15 @@ def count_flops(config):
     return counter.get_total_flops()
 
 
+def activations(config):
+    """Numbers that sampling one image holds at its largest: everything that the way up will see again, and the input,
+    output and two intermediate results of a block of the finest level."""
+    cells = config.grid[0] * config.grid[1] // config.patch ** 2
+    skips = sum((config.blocks + 1) * config.width * multiple * cells // 4 ** level
+                for level, multiple in enumerate(config.multiples))
+    return skips + 4 * 2 * config.width * config.multiples[0] * cells
+
+
 def main():
     for name, (width, multiples, blocks, attending) in SIZES.items():
         pixels = name == "M"

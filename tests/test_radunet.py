@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import radit
+import sample
 from baselines import radunet
 from baselines.radunet import Block, RadUNet, RadUNetConfig
+from common import hub
 from common.cli import InputError
 
 SMALL = dict(channels=3, grid=(8, 12), width=64, multiples=(1, 2), blocks=1, attending=1)
@@ -176,3 +178,22 @@ def test_metadata_is_embedded_as_in_radit():
     """The same modules, so that unknown is one null a field here too."""
     model = small()
     assert type(model.metadata) is radit.MetadataEmbedding and type(model.time) is radit.ScalarEmbedding
+
+
+def test_it_is_sampled_by_the_same_command(tmp_path):
+    """Pixels, random weights: the same image in any batch, other metadata another image, named after its own weights."""
+    torch.manual_seed(0)
+    config = RadUNetConfig(channels=1, grid=(16, 16), patch=2, width=64, multiples=(1,), blocks=1, attending=0,
+                           prediction="data", covered={"sex": {"female": 1, "male": 1}})
+    model = RadUNet(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    hub.save_model(model, tmp_path / "radunet", torch.float32)
+    model, vae = sample.load_weights(tmp_path)
+    assert type(model) is RadUNet and vae is None
+    records = [{"sex": "male"}, {"sex": "female"}, {"sex": "male"}]
+    images, _ = sample.generate(model, vae, records, [0, 0, 1], steps=3)
+    alone, _ = sample.generate(model, vae, records[1:2], [0], steps=3)
+    assert images.shape == (3, 1, 16, 16) and torch.allclose(images[1], alone[0], atol=1e-5)
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+    assert sample.provenance(tmp_path)["fingerprint"] == hub.fingerprint(tmp_path / "radunet")
