@@ -125,14 +125,19 @@ def write_cache(path, known):
         print(f"warning: the features are not kept for the next run: {error}")
 
 
-def load(path, config, squeezed=False):
-    """One image file as the encoder takes it, (C, S, S), read as everywhere in this project: 8 or 16 bits, or DICOM."""
+def read_grey(path):
+    """One image file as an 8-bit grey PIL image, read as everywhere in this project: 8 or 16 bits, or DICOM."""
     try:
         grey = pixels.read_dicom(path) if pixels.is_dicom(path) else pixels.read_picture(path)     # H W in [0, 1]
     except Exception as error:  # decoders raise whatever they like on a damaged file
         text = " ".join(str(error).replace(str(path), "file").split())
         raise InputError(f"{path}: unreadable image ({text[:200] or type(error).__name__})") from None
-    image = Image.fromarray((grey * 255).round().astype(np.uint8))
+    return Image.fromarray((grey * 255).round().astype(np.uint8))
+
+
+def load(path, config, squeezed=False):
+    """One image file as the encoder takes it: (C, S, S)."""
+    image = read_grey(path)
     if squeezed:
         image = image.resize((299, 299), Image.Resampling.BILINEAR)
     return raddino.preprocess(image, config)
