@@ -129,9 +129,8 @@ def read_grey(path):
     """One image file as an 8-bit grey PIL image, read as everywhere in this project: 8 or 16 bits, or DICOM."""
     try:
         grey = pixels.read_dicom(path) if pixels.is_dicom(path) else pixels.read_picture(path)     # H W in [0, 1]
-    except Exception as error:  # decoders raise whatever they like on a damaged file
-        text = " ".join(str(error).replace(str(path), "file").split())
-        raise InputError(f"{path}: unreadable image ({text[:200] or type(error).__name__})") from None
+    except pixels.Rejected as reason:
+        raise InputError(f"{path}: {reason}") from None
     return Image.fromarray((grey * 255).round().astype(np.uint8))
 
 

@@ -28,7 +28,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from common import cli, hub
+from common import check, cli, hub
 from common.cli import InputError
 
 
@@ -49,10 +49,9 @@ class EncoderConfig:
     def __post_init__(self):
         self.resize = self.image_size if self.resize is None else self.resize
         self.crop = self.resize if self.crop is None else self.crop
-        for name, limit in LIMITS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise InputError(f"{name} {value!r} is not a whole number from 1 to {limit:,}")
+        check.whole(self, 1, 8192, "width", "image_size", "resize", "crop")
+        check.whole(self, 1, 256, "depth", "heads", "patch")
+        check.whole(self, 1, 16, "channels", "mlp_ratio")
         if self.width % self.heads or self.image_size < self.patch or self.resize < self.crop:
             raise InputError(f"width {self.width}, heads {self.heads}, patch {self.patch}, image_size {self.image_size}"
                              f", resize {self.resize}, crop {self.crop}: heads must divide the width, a patch must fit "
@@ -64,11 +63,6 @@ class EncoderConfig:
             if len(values) not in (1, self.channels) or not allowed:
                 raise InputError(f"{name} {values} is not a number from {low:g} to 1, or one for each channel")
             setattr(self, name, values[0] if len(set(values)) == 1 else values)
-
-
-# The largest values accepted of a config file: far above any model of this kind, and small enough to build.
-LIMITS = {"width": 8192, "depth": 128, "heads": 128, "patch": 256, "image_size": 4096, "channels": 4, "mlp_ratio": 16,
-          "resize": 4096, "crop": 4096}
 
 
 class Attention(nn.Module):

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import loopback
 import phantom
-from common import cli
+from common import cli, hub
+from diagnosis import classifier
+from encoders import raddino
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -137,3 +139,13 @@ def hub_server(tmp_path, monkeypatch):
     huggingface_hub.utils.close_session()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A classifier's folder with random weights: its encoder looks at 32x32 pixels."""
+    torch.manual_seed(0)
+    config = classifier.ClassifierConfig(raddino.EncoderConfig(16, 2, 2, 8, 32, 1), ("own",), {})
+    folder = tmp_path_factory.mktemp("classifier")
+    hub.save_model(classifier.Classifier(config), folder)
+    return folder
