@@ -2,8 +2,8 @@
 
     python tests/fuzz_tables.py --n 3000 --seed 0
 
-What a reader may do with a damaged file: take it, or raise InputError or RunError in one line that names it. A traceback of
-any other kind is a fault. tests/test_tables.py runs a quick part, and a long one marked slow.
+What a reader may do with a damaged file: take it, or raise InputError or RunError in one line that names it. A
+traceback of any other kind is a fault. tests/test_tables.py runs a quick part, and a long one marked slow.
 """
 import argparse
 import csv
@@ -27,7 +27,8 @@ from radiographs.files import Download
 from radiographs.harmonise import harmonise, read_labels, survey
 from radiographs.index import COLUMNS, index_row, read_index, read_rows
 
-CELLS = ["", "0", "-1", "2", "1e400", "NaN", "99999999999999999999", "\0", "é", "x" * 200_000, '"', '""', "a,b", "../../x",
+CELLS = ["", "0", "-1", "2", "1e400", "NaN", "99999999999999999999", "\0", "é", "x" * 200_000, '"', '""', "a,b",
+         "../../x",
          "/etc/x", "[", "['normal'", "\r", "=1+1", "\u0661", "1_0", "{}", "null"]
 
 EVERYTHING = {field: dict.fromkeys(VALUES[field], 1) for field in CODED} | {"age": [0, 120]}
@@ -52,7 +53,8 @@ def damaged(content, rng):
         elif kind == 4:
             content = gzip.compress(content)[:rng.choice([None, -1, -9, 5])]
         elif kind == 5:
-            content = rng.choice([b"", b"\n\n", b"<!DOCTYPE html><html>Log in</html>", b"PK\x03\x04", b"[" * 100_000, b"3",
+            content = rng.choice([b"", b"\n\n", b"<!DOCTYPE html><html>Log in</html>", b"PK\x03\x04", b"[" * 100_000,
+                                  b"3",
                                   b"null", b"{}"])
         elif kind == 6:
             del lines[line]
@@ -80,7 +82,8 @@ def write_index(path, rng):
 
 
 def readers(folder):
-    """(name, file to damage, function that reads it) for each source and each kind of table; files lie below `folder`."""
+    """(name, file to damage, function that reads it) for each source and each kind of table; files lie below
+    `folder`."""
     rng = random.Random(0)
     for make in (test_sources.mimic, test_sources.chexpert, test_sources.chexpert_2019, test_sources.padchest,
                  test_sources.rexgradient, test_sources.brax, test_sources.vindr):

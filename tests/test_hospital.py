@@ -30,8 +30,10 @@ def prepare(root, text, name="table.csv", **options):
 
 
 def test_a_table_in_the_words_of_sample_py(root, capsys):
-    counts, records = prepare(root, "file,age,sex,view,edema,ward\na/1.png,30,F,PA,positive,7\nb/3.png,40,,,,8\nlost.png,50,,,,9\n")
-    assert counts == {"taken": 2, "rejected": 1, "missing": 1}       # a/2.png is in no row; IM0004 is another kind of file
+    counts, records = prepare(root, "file,age,sex,view,edema,ward\na/1.png,30,F,PA,positive,7\n"
+                                    "b/3.png,40,,,,8\nlost.png,50,,,,9\n")
+    assert counts == {"taken": 2, "rejected": 1,
+                      "missing": 1}       # a/2.png is in no row; IM0004 is another kind of file
     assert {k: v for k, v in records[30].items() if k not in ("path", "patient", "split")} == {
         "dataset": "root", "age": 30, "sex": "female", "view": "PA", "edema": "positive", "no_finding": "negative"}
     assert set(records[40]) == {"dataset", "age", "path", "patient", "split"}
@@ -40,8 +42,10 @@ def test_a_table_in_the_words_of_sample_py(root, capsys):
 
 
 @pytest.mark.parametrize("text, path", [
-    ("Filename;Age\nb\\3.png;30\n", "b/3.png"), ("path\tAge\n{root}/b/3.png\t30\n", "b/3.png"), ("name,age\n3.png,30\n", "b/3.png"),
-    ("Image Index,AGE\n3.jpg,30\n", "b/3.png"), ("ImagePath,Age\ndownload/b/3,30\n", "b/3.png"), ("file,age\nIM0004,30\n", "b/IM0004"),
+    ("Filename;Age\nb\\3.png;30\n", "b/3.png"), ("path\tAge\n{root}/b/3.png\t30\n", "b/3.png"),
+    ("name,age\n3.png,30\n", "b/3.png"),
+    ("Image Index,AGE\n3.jpg,30\n", "b/3.png"), ("ImagePath,Age\ndownload/b/3,30\n", "b/3.png"),
+    ("file,age\nIM0004,30\n", "b/IM0004"),
     ("file,age\nIM0004.dcm,30\n", "b/IM0004")])
 def test_files_are_found_as_people_name_them(root, text, path):
     counts, records = prepare(root, text.replace("{root}", str(root)))
@@ -96,7 +100,7 @@ def test_a_complete_index_of_zeros_and_ones_is_asked_about(root):
     """As nearly everybody writes findings; in this project's coding its positives would become negative."""
     row = ["mine", "a/1.png", "p", "40", "F", "", "PA", "train", *["0"] * 13, "1"]
     (root / "index.csv").write_text(",".join(COLUMNS) + "\n" + ",".join(row) + "\n")
-    with pytest.raises(InputError, match="index.csv: no finding is 2, so what 0 and 1 mean is not certain; say --coding 01"):
+    with pytest.raises(InputError, match="index.csv: no finding is 2, so what 0 and 1 mean is not certain; say"):
         data.prepare("folder", root, root.parent / "out", size=64)
     data.prepare("folder", root, root.parent / "out", size=64, coding="01")
     [record] = read_index(root.parent / "out")
@@ -113,11 +117,16 @@ def test_what_this_project_wrote_is_read_as_it_was_meant(root):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("age,sex\n3,F\n", "no column that names the file; accepted: file, imagepath"), ("file\n\n", "no image found"), ("file,age\n", "no image found"),
-    ("file,age\na/1.png,old\n", "table.csv, line 2: age 'old' is not a number"), ("file,age\n../x.png,3\n", "line 2: file '../x.png' leaves"),
-    ("file,age\n/etc/x.png,3\n", "line 2: file '/etc/x.png' leaves"), ("file,split\na/1.png,dev\n", "line 2: unknown Split 'dev'"),
-    ("file,view\na/1.png,oblique\n", "line 2: unknown value 'oblique' for view"), ("file,age\n,3\n", "line 2: no file is named"),
-    ("file,edema\na/1.png,maybe\n", "line 2: unknown value 'maybe' for edema"), ("file,age\nnothing.png,3\n", "looked for 'nothing.png'")])
+    ("age,sex\n3,F\n", "no column that names the file; accepted: file, imagepath"), ("file\n\n", "no image found"),
+    ("file,age\n", "no image found"),
+    ("file,age\na/1.png,old\n", "table.csv, line 2: age 'old' is not a number"),
+    ("file,age\n../x.png,3\n", "line 2: file '../x.png' leaves"),
+    ("file,age\n/etc/x.png,3\n", "line 2: file '/etc/x.png' leaves"), ("file,split\na/1.png,dev\n",
+                                                                       "line 2: unknown Split 'dev'"),
+    ("file,view\na/1.png,oblique\n", "line 2: unknown value 'oblique' for view"),
+    ("file,age\n,3\n", "line 2: no file is named"),
+    ("file,edema\na/1.png,maybe\n", "line 2: unknown value 'maybe' for edema"),
+    ("file,age\nnothing.png,3\n", "looked for 'nothing.png'")])
 def test_a_table_that_cannot_be_used_is_refused(root, text, message):
     with pytest.raises((InputError, RunError), match=message):
         prepare(root, text)
@@ -136,7 +145,8 @@ def test_options_that_mean_nothing_together_are_refused(root, command):
     for options in (["brax", root, "out", "--coding", "01"], ["brax", root, "out", "--table", "t.csv"],
                     ["folder", root, "out", "--table", "none.csv"], ["folder", root, "out", "--labels", ""],
                     ["folder", root, "out", "--coding", "01"], ["folder", root, ""], ["folder", "", "out"],
-                    ["folder", root, "out", "--workers", "99999999999999999999"], ["folder", root, "out", "--size", "0"]):
+                    ["folder", root, "out", "--workers", "99999999999999999999"],
+                    ["folder", root, "out", "--size", "0"]):
         status, _, errors = command("data.py", "prepare", *options, cwd=root.parent)
         assert status == 2 and len(errors.splitlines()) == 1 and not (root.parent / "out").exists(), options
 

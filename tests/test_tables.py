@@ -1,4 +1,5 @@
-"""The one reader of tables, beside Python's csv and pandas' ways of writing, and on what downloads and spreadsheets leave."""
+"""The one reader of tables, beside Python's csv and pandas' ways of writing, and on what downloads and spreadsheets
+leave."""
 import csv
 import gzip
 import io
@@ -19,7 +20,7 @@ ROWS = [{"file": "a.png", "age": "61", "name": "Müller, Jö"}, {"file": "b.png"
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_table_is_read_whatever_wrote_it(tmp_path, encoding, ends, compressed):
     content = TEXT.replace("\n", ends).encode(encoding)
-    for name in ("a.csv", "a.csv.gz"):                # compressed or not is told by the content: browsers unpack and keep the name
+    for name in ("a.csv", "a.csv.gz"):  # the content tells whether it is compressed: browsers unpack and keep the name
         (tmp_path / name).write_bytes(gzip.compress(content) if compressed else content)
         rows = list(read_table(tmp_path / name))
         assert [{k: v.replace("\r", "") for k, v in row.items()} for row in rows] == ROWS
@@ -29,27 +30,38 @@ def test_a_table_is_read_whatever_wrote_it(tmp_path, encoding, ends, compressed)
 
 @pytest.mark.parametrize("name, separator", [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.txt", ",")])
 def test_separators(tmp_path, name, separator):
-    (tmp_path / name).write_text(separator.join(["file", "age"]) + "\n" + separator.join(["a.png", "5,5" if separator != "," else "5"]))
-    assert list(read_table(tmp_path / name)) == [{"file": "a.png", "age": "5,5" if separator != "," else "5"}]
+    (tmp_path / name).write_text(f"file{separator}age\na.png{separator}5\n")
+    assert list(read_table(tmp_path / name)) == [{"file": "a.png", "age": "5"}]
+
+
+def test_a_comma_in_a_number_is_no_separator_beside_semicolons(tmp_path):
+    (tmp_path / "a.csv").write_text("file;age\na.png;5,5\n")
+    assert list(read_table(tmp_path / "a.csv")) == [{"file": "a.png", "age": "5,5"}]
 
 
 def test_columns_without_a_name_are_left_out(tmp_path):
     (tmp_path / "pandas.csv").write_text(",file, age ,\n0,a.png,5,,,\n1,b.png,6\n2,c.png,7,note\n")  # rows are numbered
-    assert list(read_table(tmp_path / "pandas.csv")) == [{"file": f"{x}.png", "age": str(n)} for x, n in zip("abc", (5, 6, 7))]
+    assert list(read_table(tmp_path / "pandas.csv")) == [{"file": f"{x}.png", "age": str(n)} for x,
+                                                         n in zip("abc", (5, 6, 7))]
 
 
 CUT = gzip.compress("".join(f"secret{i},{i * 7919}\n" for i in range(5000)).encode())[:-9000]
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b"\n \n", "empty"), (b"\x1f\x8b", "cut short after line 0"), (CUT, "compressed file that is damaged or cut short"),
+    (b"", "empty"), (b"\n \n", "empty"), (b"\x1f\x8b", "cut short after line 0"),
+    (CUT, "compressed file that is damaged or cut short"),
     (gzip.compress(b"a,b\nsecret,2\n")[:-1], "cut short"), (b"\x1f\x8bsecret", "damaged"),
     (b"<!DOCTYPE html>\n<title>secret</title>", "a web page, not a table"), (b"PK\x03\x04secret", "an Excel workbook"),
     (b"a,b\n1,2\nsecret\n", "line 3: 1 cells, where the first line names 2"), (b"a,b\n1,2,secret\n", "line 2: 3 cells"),
-    (b"a,b\n1,2\n\0\0\0", "line 3: no text"), (b"a,b\n1,2\n" + b"s" * 200_000 + b",2", "line 3: field larger than field limit"),
-    (b"a,b,a\n1,2,3", "line 1: two columns are called 'a'"), (b'a,b\n1,"secret\n2,3\n', "line 2: a quotation mark that is never closed"),
-    (b'a,b\n1,"secret"s\n', "line 2: ',' expected"), ("é,b\n".encode() + b"\xe9,2\n", "line 2: characters that are not utf-8"),
-    (b"\xe9,b\n\x81,2\n", "line 2: characters that are not cp1252"), ("a,b\n1,2".encode("utf-16")[:-1], "characters that are not utf-16")])
+    (b"a,b\n1,2\n\0\0\0", "line 3: no text"), (b"a,b\n1,2\n" + b"s" * 200_000 + b",2",
+                                               "line 3: field larger than field limit"),
+    (b"a,b,a\n1,2,3", "line 1: two columns are called 'a'"), (b'a,b\n1,"secret\n2,3\n',
+                                                              "line 2: a quotation mark that is never closed"),
+    (b'a,b\n1,"secret"s\n', "line 2: ',' expected"), ("é,b\n".encode() + b"\xe9,2\n",
+                                                      "line 2: characters that are not utf-8"),
+    (b"\xe9,b\n\x81,2\n", "line 2: characters that are not cp1252"), ("a,b\n1,2".encode("utf-16")[:-1],
+                                                                      "characters that are not utf-16")])
 def test_what_is_no_table_is_refused_by_path_and_line_without_quoting_cells(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(InputError, match=message) as refused:
