@@ -218,13 +218,14 @@ def shape_of_square_pixels(ds):
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
         sides = numbers(ds, keyword)
         if len(sides) == 2 and min(sides) > 0:
-            aspect = sides[0] / sides[1]                             # a pixel's height over its width
-            if max(aspect, 1 / aspect) > MAX_ASPECT:
-                raise Rejected(f"{keyword} says that pixels are far from square")
-            if math.isclose(aspect, 1, rel_tol=1e-3):
-                break
-            height, width = (round(height * aspect), width) if aspect > 1 else (height, round(width / aspect))
             break
+    else:
+        return height, width
+    aspect = sides[0] / sides[1]                                     # a pixel's height over its width
+    if max(aspect, 1 / aspect) > MAX_ASPECT:
+        raise Rejected(f"{keyword} says that pixels are far from square")
+    if not math.isclose(aspect, 1, rel_tol=1e-3):
+        height, width = (round(height * aspect), width) if aspect > 1 else (height, round(width / aspect))
     if height * width > MAX_PIXELS:
         raise Rejected("no pixels, or more than any radiograph has")
     return height, width
@@ -244,16 +245,17 @@ def shown(stored, ds, used_bits=None):
     table = voi_lut(values, low, high, ds).clip(0, 1).astype(np.float32)  # the grey of each value from `least` on
     if is_inverse(ds):
         table = 1 - table
-    padded = is_padding(stored, ds)
-    if stored.min() < least or stored.max() >= least + count:
+    stored, padded = stored.astype(np.int64) - least, is_padding(stored, ds)  # H W, from 0 on, and bool
+    if ((stored < 0) | (stored >= count))[~padded].any():
         raise Rejected("values beyond the used depth that was given")
-    grey = table[stored - least]                                     # H W
-    image = grey if padded is None else grey[~padded]
-    if not has_window and not used_bits and bits > 8 and image.size and 0 < np.ptp(image) < 1 / 4:
+    grey = table[stored.clip(0, count - 1)]                          # H W
+    if not has_window and not used_bits and bits > 8 and 0 < spread(grey[~padded]) < 1 / 4:
         raise Rejected("no window, and less than a quarter of the stored depth is used; say how many bits are")
-    if padded is not None:
-        grey[padded] = 0
-    return grey
+    return np.where(padded, np.float32(0), grey)
+
+
+def spread(values):
+    return np.ptp(values) if values.size else 0
 
 
 def modality_lut(values, ds):
@@ -326,10 +328,9 @@ def is_inverse(ds):
 
 
 def is_padding(stored, ds):
-    """Which pixels are no part of the image (C.7.5.1.1.2): those of one stored value, or of a range of them. None if
-    there is no such value."""
+    """(H, W) bool: which pixels are no part of the image (C.7.5.1.1.2), those of one stored value or of a range."""
     if value_of(ds, "PixelPaddingValue") is None:
-        return None
+        return np.zeros(stored.shape, bool)
     keywords = ("PixelPaddingValue", "PixelPaddingRangeLimit")
     ends = [int(words(ds, keyword)[0]) for keyword in keywords if value_of(ds, keyword) is not None]
     if is_signed(ds):

@@ -107,9 +107,9 @@ def grey_of(image, used_bits):
         raise Rejected("pixels of more than 16 bits")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         return grey_of_16_bits(image, tiff, used_bits)
-    elif image.mode in ("1", "L") and "transparency" not in image.info:
+    if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image.convert("L"), np.float32) / 255
-    elif image.mode in ("L", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+    if image.mode in ("L", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
         return grey_of_colours(np.asarray(image.convert("RGBA")))
     raise Rejected("a colour model other than grey, palette, RGB, CMYK and YCbCr")
 

@@ -188,6 +188,11 @@ def test_more_depth_than_used_is_refused_or_told(tmp_path):
     assert np.abs(pixels.read_dicom(path, used_bits=12) - UNSIGNED / 4095).max() < 1e-6
     with pytest.raises(Rejected, match="beyond the used depth"):
         pixels.read_dicom(path, used_bits=11)
+    padded = write_dicom(tmp_path / "c.dcm", np.where(UNSIGNED < 9, 65535, UNSIGNED).astype(np.uint16),
+                         PixelPaddingValue=65535)
+    assert np.abs(pixels.read_dicom(padded, used_bits=12) - np.where(UNSIGNED < 9, 0, UNSIGNED) / 4095).max() < 1e-6
+    with pytest.raises(Rejected, match="less than a quarter"):       # padding does not count as depth
+        pixels.read_dicom(padded)
     windowed = write_dicom(tmp_path / "b.dcm", UNSIGNED, WindowCenter=2048, WindowWidth=4096)
     assert np.abs(pixels.read_dicom(windowed, used_bits=11) - UNSIGNED / 4095).max() < 1e-6   # a window says it
 

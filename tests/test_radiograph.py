@@ -84,6 +84,14 @@ def test_exif_orientation_is_applied(tmp_path, orientation, kind):
     assert np.median(difference) < 2 and difference.mean() < 2
 
 
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_exif_orientation_is_applied_to_16_bits(tmp_path, kind):
+    exif = Image.Exif()
+    exif[274] = 6
+    shown = pixels.read_picture(picture(tmp_path, SIXTEEN, name=f"x.{kind}", exif=exif))
+    assert np.abs(shown - np.rot90(SIXTEEN, -1) / 65535).max() < 1e-6
+
+
 SIXTEEN = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
 
 
