@@ -179,7 +179,7 @@ def range_of(bits, signed):
 
 
 def stored_values(ds):
-    """(H, W) int32: the stored bits of each cell, those around them (old overlays) cut off, with their sign."""
+    """(H, W) whole numbers: the stored bits of each cell, those around them (old overlays) cut off, with their sign."""
     with rejecting("damaged DICOM header"):
         rows, columns = whole(ds, "Rows"), whole(ds, "Columns")
         if not 0 < rows * columns <= MAX_PIXELS:
@@ -204,11 +204,12 @@ def stored_values(ds):
         cells, _ = decoder.as_array(ds, raw=True, correct_unused_bits=False)
         if cells.shape != (rows, columns):
             raise ValueError
-    wide = cells.astype(np.int64 if allocated == 32 else np.int32)
-    values = (wide >> (high + 1 - bits)) & ((1 << bits) - 1)
+    values = cells.astype(np.int64 if allocated == 32 else np.int32)
+    values >>= high + 1 - bits
+    values &= (1 << bits) - 1
     if is_signed(ds):
         values -= (values >> (bits - 1)) << bits                     # the highest bit counts as its negative
-    return values.astype(np.int32)
+    return values
 
 
 def shape_of_square_pixels(ds):
@@ -245,17 +246,17 @@ def shown(stored, ds, used_bits=None):
     table = voi_lut(values, low, high, ds).clip(0, 1).astype(np.float32)  # the grey of each value from `least` on
     if is_inverse(ds):
         table = 1 - table
-    stored, padded = stored.astype(np.int64) - least, is_padding(stored, ds)  # H W, from 0 on, and bool
-    if ((stored < 0) | (stored >= count))[~padded].any():
+    padded = padding(stored, ds)
+    image = stored if padded is None else stored[~padded]            # the values that count
+    if image.size and not least <= image.min() <= image.max() < least + count:
         raise Rejected("values beyond the used depth that was given")
-    grey = table[stored.clip(0, count - 1)]                          # H W
-    if not has_window and not used_bits and bits > 8 and 0 < spread(grey[~padded]) < 1 / 4:
-        raise Rejected("no window, and less than a quarter of the stored depth is used; say how many bits are")
-    return np.where(padded, np.float32(0), grey)
-
-
-def spread(values):
-    return np.ptp(values) if values.size else 0
+    grey = table.take(stored - least, mode="clip")                   # H W
+    if image.size and bits > 8 and not has_window and not used_bits:
+        if 0 < np.ptp(table.take(image - least)) < 1 / 4:
+            raise Rejected("no window, and less than a quarter of the stored depth is used; say how many bits are")
+    if padded is not None:
+        grey[padded] = 0
+    return grey
 
 
 def modality_lut(values, ds):
@@ -327,10 +328,11 @@ def is_inverse(ds):
     return inverse
 
 
-def is_padding(stored, ds):
-    """(H, W) bool: which pixels are no part of the image (C.7.5.1.1.2), those of one stored value or of a range."""
+def padding(stored, ds):
+    """(H, W) bool: which pixels are no part of the image (C.7.5.1.1.2), those of one stored value or of a range.
+    None if there is no such value."""
     if value_of(ds, "PixelPaddingValue") is None:
-        return np.zeros(stored.shape, bool)
+        return None
     keywords = ("PixelPaddingValue", "PixelPaddingRangeLimit")
     ends = [int(words(ds, keyword)[0]) for keyword in keywords if value_of(ds, keyword) is not None]
     if is_signed(ds):
