@@ -11,8 +11,8 @@ RUN/ checkpoints/        see training/checkpoint.py         log.jsonl, loss.png 
     weights/             an average of the weights over the last images (EMA), as sample.py and autoencoder/load.py
                          read it: of the half-lives kept, the one whose held-out loss is least (Karras et al. 2024)
     preview.png          what that average does now, for fixed inputs
-    stopped              is there after SIGTERM or SIGUSR1, as schedulers send them before they take a node away: the step
-                         was finished and saved, and every process left with status 75 (EX_TEMPFAIL): start me again
+    stopped              is there after SIGTERM or SIGUSR1, as schedulers send them before they take a node away: the
+                         step was finished and saved, and each process left with status 75 (EX_TEMPFAIL): start me again
 
     python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
     python train.py radit --data PREPARED... --latents LATENTS --vae VAE --size XS --out RUN
@@ -104,8 +104,9 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
         state = checkpoint.tensors_of(model, emas, optimizer)
         seen = checkpoint.resume(out, state, about, may_change)
         writer, log = checkpoint.Writer(out, cfg.keep), Log(out, seen, cfg, task.flops, logger, asdict(cfg) | about)
-        log.say(f"{type(model).__name__}: {size:,} trained parameters, {device.type}, {'bfloat16' if bf16 else 'float32'}, "
-                f"{world} {'processes' if world > 1 else 'process'}, {len(dataset):,} images, starting at {seen:,} seen")
+        log.say(f"{type(model).__name__}: {size:,} trained parameters, {device.type}, "
+                f"{'bfloat16' if bf16 else 'float32'}, {world} {'processes' if world > 1 else 'process'}, "
+                f"{len(dataset):,} images, starting at {seen:,} seen")
         if rank == 0:
             (out / "stopped").unlink(missing_ok=True)
 
@@ -129,7 +130,8 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         loss, terms = task.loss(called, batch, rng)
                     (loss / cfg.accumulate).backward()
-                for key, value in ({"loss": loss} | terms).items():  # means over images, or (2, bins) of sums and counts
+                # means over images, or (2, bins) of sums and counts
+                for key, value in ({"loss": loss} | terms).items():
                     value = value.detach() if value.ndim else value.detach() / cfg.accumulate
                     total[key] = total.get(key, 0) + value
             total["grad_norm"] = total.get("grad_norm", 0) + parallel.clip(trainable_parameters(model), cfg.clip)
@@ -288,7 +290,7 @@ class RadiTTask:
         """Loss and time of each image, (N,), (N,). batch: mean, log-variance, age, codes."""
         cfg, (mean, logvar, age, codes) = self.config, batch
         shape = mean.shape[1:]                                       # C H W
-        x = mean + (0.5 * logvar).exp() * rng.normal(*shape)         # N C H W, another sample of the posterior each time
+        x = mean + (0.5 * logvar).exp() * rng.normal(*shape)         # N C H W, a sample of the posterior
         if drop:
             age, codes = radit.drop_metadata(age, codes, rng.uniform(4 + codes.shape[1]))
         t = rng.rows(lambda count, generator: flow.sample_times(count, cfg.shift, generator))  # N
@@ -437,10 +439,12 @@ def train_vae(args, cfg):
 def main():
     parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again continues.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("vae", help="Rad-VAE, or a LoRA on one, from images", formatter_class=Help, epilog=VAE_EXAMPLES)
+    p = commands.add_parser("vae", help="Rad-VAE, or a LoRA on one, from images", formatter_class=Help,
+                            epilog=VAE_EXAMPLES)
     add_common_options(p, TrainConfig())
     add_vae_options(p)
-    p = commands.add_parser("radit", help="RadiT from cached latents or pixels", formatter_class=Help, epilog=RADIT_EXAMPLES)
+    p = commands.add_parser("radit", help="RadiT from cached latents or pixels", formatter_class=Help,
+                            epilog=RADIT_EXAMPLES)
     add_common_options(p, TrainConfig(batch=64, ema=(20_000, 100_000), warmup=20_000))
     add_radit_options(p)
     args = parser.parse_args()

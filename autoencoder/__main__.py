@@ -13,29 +13,43 @@ from common import cli
 from encoders import raddino
 from radiographs.index import SPLITS
 
+EXAMPLES = {"encode": """
+examples:
+  python -m autoencoder encode data/nih --vae runs/vae/weights/vae --out runs/latents --versions 16
+  torchrun --nproc_per_node=8 -m autoencoder encode data/* --vae black-forest-labs/FLUX.2-klein-4B --out runs/latents
+""", "evaluate": """
+examples:
+  python -m autoencoder evaluate data/nih --vae runs/vae/weights/vae
+  python -m autoencoder evaluate data/nih --vae runs/vae/weights/vae --encoder weights/demo/classifier --split valid
+"""}
+
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("encode", "write mean and log-variance of every image as safetensors shards"),
                        ("evaluate", "print what is lost in reconstructed images")):
-        p = commands.add_parser(name, help=text)
+        p = commands.add_parser(name, help=text, epilog=EXAMPLES[name],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
         p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
-    commands.choices["encode"].add_argument("--out", type=Path, required=True)
-    commands.choices["encode"].add_argument("--versions", type=cli.positive, default=1,
-                                            help="rows of a training image: itself and slightly moved copies, for small data sets")
-    commands.choices["evaluate"].add_argument("--split", choices=SPLITS, default="test")
-    commands.choices["evaluate"].add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: "
-                                              "the perceptual distance and the Fréchet distance too")
+    p = commands.choices["encode"]
+    p.add_argument("--out", type=cli.new_path, required=True, help="a folder for the latents")
+    p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1,
+                   help="rows of a training image: itself and slightly moved copies, for small data sets")
+    p = commands.choices["evaluate"]
+    p.add_argument("--split", choices=SPLITS, default="test")
+    p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: the perceptual "
+                                                "distance and the Fréchet distance too")
     args = parser.parse_args()
     if args.command == "encode":
         return latents.encode(args.data, load_vae(args.vae), args.out, args.versions)
     encoder = raddino.load_encoder(args.encoder) if args.encoder else None
     scores = latents.evaluate(load_vae(args.vae), data.Radiographs(args.data, args.split), encoder)
     decibel, similarity = scores["psnr"], scores["ssim"]
-    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB (standard deviation "
-          f"{decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} ({similarity.std(correction=0):.4f})")
+    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB "
+          f"(standard deviation {decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} "
+          f"({similarity.std(correction=0):.4f})")
     if encoder:
         print(f"through {args.encoder}: perceptual distance {scores['perceptual'].mean():.3g} "
               f"({scores['perceptual'].std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}")

@@ -83,7 +83,8 @@ def table_of(images, rows, model):
     """The content of latents.json."""
     names = names_of(images)
     if len(set(names)) < len(images):
-        raise cli.InputError("two of the prepared sources have the same folder name, so their images cannot be told apart")
+        raise cli.InputError("two of the prepared sources have the same folder name, so their images cannot be told "
+                             "apart")
     return {"vae": model.fingerprint, "images": fingerprints(images), "rows": [names[i] for i, _ in rows]}
 
 
@@ -139,7 +140,8 @@ class Shards:
             try:
                 self.files[number] = safetensors.safe_open(self.path(number), "pt")
             except (OSError, safetensors.SafetensorError) as error:
-                raise cli.InputError(f"{self.path(number)}: missing or damaged ({error}); delete it and encode again") from None
+                raise cli.InputError(f"{self.path(number)}: missing or damaged ({error}); delete it and encode "
+                                     "again") from None
         return self.files[number]
 
     def __getitem__(self, row):
@@ -156,8 +158,8 @@ class Shards:
             sizes = [tuple(file.get_slice(name).get_shape()) for name in ("mean", "logvar")]
             shapes.add(sizes[0][1:])
             if sizes[0] != sizes[1] or sizes[0][0] != count or len(sizes[0]) != 4 or len(shapes) > 1:
-                raise cli.InputError(f"{self.path(number)}: holds {sizes[0]} and {sizes[1]}, where {count} latents of one shape are "
-                                     "expected; delete it and encode again")
+                raise cli.InputError(f"{self.path(number)}: holds {sizes[0]} and {sizes[1]}, where {count} latents of "
+                                     "one shape are expected; delete it and encode again")
             del self.files[number]                                   # a million images have a thousand files
 
 
@@ -173,7 +175,8 @@ class Latents:
         if set(about) != {"vae", "images", "rows"}:
             raise cli.InputError(f"{table}: written by another version of this code; encode again")
         self.vae, self.images = about["vae"], about["images"]
-        if not (isinstance(self.images, dict) and isinstance(about["rows"], list) and set(map(type, about["rows"])) == {str}):
+        if not (isinstance(self.images, dict) and isinstance(about["rows"], list)
+                and set(map(type, about["rows"])) == {str}):
             raise cli.InputError(f"{table}: damaged; encode again")
         for row, name in enumerate(about["rows"]):
             self.rows.setdefault(name, []).append(row)
@@ -183,7 +186,8 @@ class Latents:
         """Refuses images other than those that were encoded."""
         for part, digest in fingerprints(radiographs).items():
             if self.images.get(part) != digest:
-                raise cli.InputError(f"{self.folder}: the images of {part} are not those that were encoded; encode again")
+                raise cli.InputError(f"{self.folder}: the images of {part} are not those that were encoded; "
+                                     "encode again")
 
     def __getitem__(self, row):
         return self.shards[row]

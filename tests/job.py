@@ -1,5 +1,5 @@
-"""Tiny trainings in processes of their own, one or several that know each other as torchrun's do. They are forked from a
-process that has loaded torch already, which makes a process cheap enough to kill twenty of them."""
+"""Tiny trainings in processes of their own, one or several that know each other as torchrun's do. They are forked from
+a process that has loaded torch already, which makes a process cheap enough to kill twenty of them."""
 import json
 import multiprocessing
 import os
@@ -26,9 +26,11 @@ context.set_forkserver_preload(["job"])
 
 def radit_job(cfg, out, blocks=2, **how):
     """RadiT on 48 images of noise; how: compiled, recomputed, sharded = True."""
-    config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2, examples=[{"sex": "male"}])
+    config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2,
+                               examples=[{"sex": "male"}])
     rng = torch.Generator().manual_seed(9)
-    columns = [torch.randn(48, 1, 16, 16, generator=rng), torch.full((48, 1, 16, 16), -2.0), torch.rand(48, generator=rng) * 90,
+    columns = [torch.randn(48, 1, 16, 16, generator=rng), torch.full((48, 1, 16, 16), -2.0),
+               torch.rand(48, generator=rng) * 90,
                torch.randint(0, 2, (48, 18), generator=rng)]
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
@@ -101,10 +103,11 @@ JOBS = {"encode": encode_job, "command": command_job, "radit": radit_job, "vae":
 
 
 def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, picture=False, **how):
-    """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps. Without
-    `picture` no preview is drawn, which takes longer than all the steps."""
+    """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps.
+    Without `picture` no preview is drawn, which takes longer than all the steps."""
     if world:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
         parallel.launched, parallel.rank, parallel.world = True, rank, world
     parallel.TIMEOUT = timeout or parallel.TIMEOUT
     torch.set_num_threads(1)

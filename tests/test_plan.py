@@ -19,7 +19,8 @@ from radiographs import fields
 from training import __main__ as command_line
 from training import plan
 
-SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)  # 576 tokens: fused attention, as on a GPU
+# 576 tokens: fused attention, as on a GPU
+SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)
 
 
 def saved_bytes(cfg, images, kept, bf16):
@@ -71,7 +72,8 @@ def test_state_is_what_an_optimizer_holds():
     assert planned["2 EMAs, float32"] == 2 * size(average.parameters())
     assert planned["gradients, float32"] == size(p.grad for p in model.parameters())
     assert planned["copies to compute with"] == size(p.bfloat16() for p in model.parameters())
-    assert planned["AdamW's moments, float32"] == size(m for s in optimizer.state.values() for m in (s["exp_avg"], s["exp_avg_sq"]))
+    assert planned["AdamW's moments, float32"] == size(m for s in optimizer.state.values()
+                                                       for m in (s["exp_avg"], s["exp_avg_sq"]))
 
 
 def test_shards_are_those_of_fully_shard():
@@ -92,7 +94,8 @@ def test_shards_are_those_of_fully_shard():
     planned, alone = plan.state(SMALL, 4, fsdp=True), plan.state(SMALL, 1, fsdp=True)
     assert planned["weights, float32"] == pytest.approx(held, rel=0.01)  # rows that four does not divide are padded
     whole = 4 * radit.count_parameters(SMALL)
-    assert planned["copies to compute with"] == blocks + (whole - 2 * blocks)        # two blocks in bfloat16, the rest in float32
+    # two blocks in bfloat16, the rest in float32
+    assert planned["copies to compute with"] == blocks + (whole - 2 * blocks)
     assert alone["gradients, float32"] - planned["gradients, float32"] == whole * 3 / 4
 
 
@@ -111,7 +114,8 @@ def test_latents_on_disk(tmp_path):
 
 def test_time_and_steps_by_hand():
     """The paper's XL: 1.6e12 tokens are 1.5625e9 images of 1,024; at 1e15 FLOP/s on 64 GPUs."""
-    p = plan.Plan(radit.RadiTConfig(width=1536, depth=31, heads=12), 1.6e12, 64, 1000, 1, peak=2e15, utilisation=0.5, decoder=0)
+    p = plan.Plan(radit.RadiTConfig(width=1536, depth=31, heads=12), 1.6e12, 64, 1000, 1, peak=2e15, utilisation=0.5,
+                  decoder=0)
     assert p.images == 1_562_500_000 and p.steps == 1_562_500
     assert p.flops == 3 * radit.count_flops(p.cfg) * 1_562_500_000
     assert p.gpu_hours("compiled") == pytest.approx(p.flops / 1e15 / 3600)
@@ -133,7 +137,8 @@ def test_the_command_builds_no_weights(monkeypatch, capsys):
 
 @pytest.mark.parametrize("batch, gpus, more, said", [
     (1024, 64, [], "fits: DDP, compiled (no option needed)"), (1024, 8, [], "fits: DDP, compiled (--accumulate 8)"),
-    (64, 1, ["--memory", "16"], "does not fit, whatever --accumulate"), (64, 64, ["--memory", "16"], "fits: FSDP, compiled (--fsdp)"),
+    (64, 1, ["--memory", "16"], "does not fit, whatever --accumulate"),
+    (64, 64, ["--memory", "16"], "fits: FSDP, compiled (--fsdp)"),
     (1024, 64, ["--memory", "4.5"], "fits: FSDP, compiled (--fsdp --accumulate 16)"),
     (64, 64, ["--memory", "3"], "fits: FSDP, compiled (--fsdp --recompute)")])
 def test_what_fits(monkeypatch, capsys, batch, gpus, more, said):
@@ -161,8 +166,9 @@ def test_the_table_in_the_readme_is_what_the_plan_says(options, figures):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tokens", "many"], "many"), (["--tokens", "-1"], "'-1' is not a number from 1 to 1e+18"), (["--tokens", "nan"], "'nan' is not a number"),
-    (["--utilisation", "40"], "'40' is not a number from 0.001 to 1"), (["--gpus", "0"], "'0' is not a whole number from 1 to"),
+    (["--tokens", "many"], "many"), (["--tokens", "-1"], "'-1' is not a number from 1 to 1e+18"),
+    (["--tokens", "nan"], "'nan' is not a number"), (["--utilisation", "40"], "'40' is not a number from 0.001 to 1"),
+    (["--gpus", "0"], "'0' is not a whole number from 1 to"),
     (["--gpus", "7"], "--batch 1024 cannot be split evenly among 7 GPUs x 1 parts"),
     (["--side", "500"], "--side 500 is not a multiple of 16 pixels"), (["--size", "M"], "'XL'")])
 def test_bad_values_are_one_line(monkeypatch, capsys, arguments, message):

@@ -61,12 +61,13 @@ STEPS = ["--batch", "4", "--log-every", "2", "--save-every", "4"]
 
 
 def radit_options(phantoms, images, *more):
-    return ["radit", "--data", phantoms, "--pixels", "--patch", "8", "--size", "XS", "--no-compile", *STEPS, "--images", images, *more]
+    return ["radit", "--data", phantoms, "--pixels", "--patch", "8", "--size", "XS", "--no-compile", *STEPS, "--images",
+            images, *more]
 
 
 def vae_options(phantoms, images, *more):
-    return ["vae", "--data", phantoms, "--widths", "8,16", "--layers", "1", "--groups", "4", "--latent-channels", "2", *STEPS,
-            "--images", images, *more]
+    return ["vae", "--data", phantoms, "--widths", "8,16", "--layers", "1", "--groups", "4", "--latent-channels", "2",
+            *STEPS, "--images", images, *more]
 
 
 @pytest.fixture
@@ -137,7 +138,8 @@ def test_the_average_with_the_least_held_out_loss_becomes_the_weights(tmp_path, 
     assert command("train.py", *options, "--out", run)[0] == 0
     last = log_of(run)[-1]
     losses = last["held_out_loss_by_ema"]
-    assert list(losses) == ["1", "1000000"] and losses["1"] != losses["1000000"] and last["held_out_loss"] == min(losses.values())
+    assert list(losses) == ["1", "1000000"] and losses["1"] != losses["1000000"]
+    assert last["held_out_loss"] == min(losses.values())
     assert command("training", "export", run, out)[0] == 0
     assert (out / "radit/model.safetensors").read_bytes() == (run / "weights/radit/model.safetensors").read_bytes()
     other = max(losses, key=losses.get)
@@ -162,14 +164,15 @@ def test_what_is_published_holds_no_row_of_the_training_data(tmp_path, few_phant
 
 
 def test_examples_keep_to_the_values_of_their_data_set_and_to_the_label_policy():
-    children = [{"dataset": "a", "age": float(age), "sex": sex, "no_finding": "positive"} for age in range(1, 5) for sex in ("male", "female")]
+    children = [{"dataset": "a", "age": float(age), "sex": sex, "no_finding": "positive"} for age in range(1, 5)
+                for sex in ("male", "female")]
     adults = [{"dataset": "b", "age": float(age), "edema": edema, "no_finding": none}
               for age in range(50, 90) for edema, none in (("positive", "negative"), ("negative", "positive"))]
     for record in adults:
         record["view"] = "PA" if record["age"] % 2 else "AP"
     made = made_up_metadata(children + adults, seed=3)
     assert made == made_up_metadata(children + adults, seed=3) and len(made) == 64
-    assert all(example["dataset"] == "b" for example in made)        # every combination of the children is a row of theirs
+    assert all(example["dataset"] == "b" for example in made)  # every combination of the children is a row of theirs
     assert not any(example.get("edema") == "positive" and example.get("no_finding") == "positive" for example in made)
     assert made_up_metadata([{}], seed=0) == []
 
@@ -177,8 +180,8 @@ def test_examples_keep_to_the_values_of_their_data_set_and_to_the_label_policy()
 def test_the_learning_rate_falls_with_the_width(tmp_path, few_phantoms, command, monkeypatch):
     """A dry run says it, and writes nothing."""
     for size, rate in (("XS", "0.001"), ("S", "0.000667"), ("B", "0.00025")):
-        status, output, _ = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--patch", "8", "--size", size,
-                                    "--dry-run", "--out", tmp_path / "run")
+        status, output, _ = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--patch", "8",
+                                    "--size", size, "--dry-run", "--out", tmp_path / "run")
         assert status == 0 and f"learning rate {rate}," in output and "nothing was written" in output
     assert not (tmp_path / "run").exists()
 
@@ -187,25 +190,27 @@ def test_the_learning_rate_falls_with_the_width(tmp_path, few_phantoms, command,
     (["--dry-run", "3"], "--batch 64 cannot be shared by 3 processes"), (["--patch", "5"], "--patch 5 does not divide"),
     (["--images", "0"], "'0' is not a whole number from 1 to")])
 def test_a_dry_run_fails_where_the_run_would(tmp_path, few_phantoms, command, more, message):
-    status, _, errors = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--size", "XS", "--dry-run", *more,
-                                "--out", tmp_path / "run")
+    status, _, errors = command("train.py", "radit", "--data", few_phantoms, "--pixels", "--size", "XS", "--dry-run",
+                                *more, "--out", tmp_path / "run")
     assert status == 2 and message in errors and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option, value", [
-    ("--clip", "nan"), ("--clip", "0"), ("--lr", "inf"), ("--lr", "-1"), ("--shift", "-1"), ("--shift", "0"), ("--ema", "-5"),
-    ("--ema", "5,,6"), ("--ema", ""), ("--warmup", "-1"), ("--images", "1e3"), ("--batch", "99999999999999999999"), ("--keep", "0"),
-    ("--log-every", "0"), ("--seed", "-1"), ("--patch", "0"), ("--accumulate", "x"), ("--out", ""), ("--logger", "paper"),
-    ("--prediction", "noise"), ("--dry-run", "0")])
+    ("--clip", "nan"), ("--clip", "0"), ("--lr", "inf"), ("--lr", "-1"), ("--shift", "-1"), ("--shift", "0"),
+    ("--ema", "-5"), ("--ema", "5,,6"), ("--ema", ""), ("--warmup", "-1"), ("--images", "1e3"), ("--keep", "0"),
+    ("--batch", "99999999999999999999"), ("--log-every", "0"), ("--seed", "-1"), ("--patch", "0"),
+    ("--accumulate", "x"), ("--out", ""), ("--logger", "paper"), ("--prediction", "noise"), ("--dry-run", "0")])
 def test_values_that_make_no_sense_are_refused(tmp_path, command, option, value):
-    status, _, errors = command("train.py", "radit", "--data", "nowhere", "--pixels", "--out", tmp_path / "run", option, value)
+    status, _, errors = command("train.py", "radit", "--data", "nowhere", "--pixels", "--out", tmp_path / "run", option,
+                                value)
     assert status == 2 and option in errors and len(errors.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
 def test_either_prediction_for_either_space(tmp_path, few_phantoms, command, tiny, prediction):
     """Pixels here, latents in the test of caches: the option decides, sample.py follows the config."""
-    assert command("train.py", *radit_options(few_phantoms, 8, "--prediction", prediction), "--out", tmp_path / "run")[0] == 0
+    assert command("train.py", *radit_options(few_phantoms, 8, "--prediction", prediction), "--out",
+                   tmp_path / "run")[0] == 0
     model, _ = sample.load_weights(tmp_path / "run/weights")
     assert model.config.prediction == prediction
     assert sample.generate(model, None, [{"sex": "male"}], [0], steps=2)[0].isfinite().all()
@@ -214,13 +219,14 @@ def test_either_prediction_for_either_space(tmp_path, few_phantoms, command, tin
 def test_help_says_what_every_option_does(command):
     for name in ("radit", "vae"):
         _, output, _ = command("train.py", name, "--help")
-        assert "see TrainConfig" not in output and output.count("\n  python train.py") + output.count("\n  torchrun") == 2
-        assert "largest norm of the gradient" in output
+        assert output.count("\n  python train.py") + output.count("\n  torchrun") == 2
+        assert "see TrainConfig" not in output and "largest norm of the gradient" in output
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, few_phantoms, command, tiny):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="tensorboard is not installed")
     run = tmp_path / "run"
     assert command("train.py", *radit_options(few_phantoms, 16, "--logger", "tensorboard"), "--out", run)[0] == 0
     events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
@@ -241,7 +247,8 @@ def test_wandb_gets_the_numbers_of_the_log(tmp_path, few_phantoms, command, tiny
 
 def test_a_logger_that_is_not_installed_is_named(tmp_path, few_phantoms, command, monkeypatch):
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
-    status, _, errors = command("train.py", *radit_options(few_phantoms, 16, "--logger", "wandb"), "--out", tmp_path / "run")
+    status, _, errors = command("train.py", *radit_options(few_phantoms, 16, "--logger", "wandb"), "--out",
+                                tmp_path / "run")
     assert status == 2 and "pip install wandb" in errors and not (tmp_path / "run").exists()
 
 
@@ -256,7 +263,7 @@ def test_the_log_holds_speed_rate_and_memory(tmp_path, few_phantoms, command, ti
 
 def test_a_long_interval_is_not_silent(tmp_path, monkeypatch, capsys):
     """With one line of the log in all, something is printed after the first step and then once a minute."""
-    clock = iter(range(0, 10 ** 6, 25))                              # seconds: 25 from one look at the clock to the next
+    clock = iter(range(0, 10 ** 6, 25))  # seconds: 25 from one look at the clock to the next
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
     cfg = train.TrainConfig(images=40, batch=4, lr=0.01, log_every=1000, save_every=1000)
     train.train(Fragile(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
@@ -273,13 +280,15 @@ def test_a_damaged_log_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["vae", "--widths", "8,12", "--groups", "8"], "widths is (8, 12); accepted: multiples of the groups of GroupNorm, 8"),
+    (["vae", "--widths", "8,12", "--groups", "8"],
+     "widths is (8, 12); accepted: multiples of the groups of GroupNorm, 8"),
     (["vae", "--widths", "8,8,8,8,8,8", "--groups", "8"], "multiple of 64 pixels, not 32"),
     (["vae", "--batch", "0"], "'0' is not a whole number from 1 to"),
     (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),
     (["radit", "--latents", "nowhere"], "--latents needs --vae"),
     (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no latents.json"),
-    (["radit"], "one of the arguments --latents --pixels is required"), (["radit", "--pixels", "--size", "M"], "'XS', 'S', 'B'")])
+    (["radit"], "one of the arguments --latents --pixels is required"),
+    (["radit", "--pixels", "--size", "M"], "'XS', 'S', 'B'")])
 def test_bad_arguments_are_one_line_and_nothing_is_written(phantoms, tmp_path, command, arguments, message):
     status, _, errors = command("train.py", *arguments, "--data", phantoms, "--out", tmp_path / "run")
     assert status == 2 and message in errors.splitlines()[-1] and not (tmp_path / "run").exists()
@@ -348,21 +357,27 @@ def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path, command):
     for name, more in (("without", []), ("measured", [*encoder, "--perceptual-weight", "0"]), ("taught", encoder)):
         assert command("train.py", *vae_options(phantoms, 16, *more), "--out", tmp_path / name)[0] == 0
     without, measured, taught = (log_of(tmp_path / name) for name in ("without", "measured", "taught"))
-    assert [line["loss"] for line in measured] == [line["loss"] for line in without] and "held_out_fdd" not in without[-1]
+    assert [line["loss"] for line in measured] == [line["loss"] for line in without]
+    assert "held_out_fdd" not in without[-1]
     assert taught[0]["loss"] == pytest.approx(
-        taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"] + 250 / 768 * taught[0]["perceptual"], rel=1e-4)
+        taught[0]["charbonnier"] + 0.1 * taught[0]["ssim"] + 3e-4 * taught[0]["kl"]
+        + 250 / 768 * taught[0]["perceptual"], rel=1e-4)
     # What the log says of the held-out reconstructions, computed again from the saved weights.
     model, judge = load_vae(tmp_path / "taught/weights/vae"), raddino.load_encoder(ROOT / "weights/demo/classifier")
-    x = torch.stack(list(data.Radiographs([phantoms], "valid"))[::3][:64])                  # the images that train.py chose
+    x = torch.stack(list(data.Radiographs([phantoms], "valid"))[::3][:64])  # the images that train.py chose
     y = model.decode(model.encode(x)[0]).clamp(-1, 1)
-    assert taught[-1]["held_out_psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.1)       # the weights are stored in bfloat16
-    assert taught[-1]["held_out_perceptual"] == pytest.approx(perceptual.perceptual_loss(judge, x, y).mean().item(), rel=0.05)
-    # Fréchet by another way: of centred features X, Y (n D) the trace of (S S')^1/2 is the nuclear norm of X Y^T / (n - 1).
+    # the weights are stored in bfloat16
+    assert taught[-1]["held_out_psnr"] == pytest.approx(vae.psnr(x, y).mean().item(), abs=0.1)
+    assert taught[-1]["held_out_perceptual"] == pytest.approx(perceptual.perceptual_loss(judge, x, y).mean().item(),
+                                                              rel=0.05)
+    # Fréchet by another way: of centred features X, Y (n D) the trace of (S S')^1/2 is the nuclear norm of
+    # X Y^T / (n - 1).
     a, b = (judge(perceptual.to_encoder_input(judge, z))[0].double() for z in (x, y))
     centred = [z - z.mean(0) for z in (a, b)]
     overlap = torch.linalg.matrix_norm(centred[0] @ centred[1].T, "nuc")
     spread = sum(z.square().sum() for z in centred) - 2 * overlap
-    assert taught[-1]["held_out_fdd"] == pytest.approx(((a.mean(0) - b.mean(0)).square().sum() + spread / (len(x) - 1)).item(), rel=0.05)
+    distance = (a.mean(0) - b.mean(0)).square().sum() + spread / (len(x) - 1)
+    assert taught[-1]["held_out_fdd"] == pytest.approx(distance.item(), rel=0.05)
 
 
 @pytest.mark.slow
@@ -380,7 +395,8 @@ def test_a_lora_is_trained_on_a_base(phantoms, tmp_path, command):
     assert f"{sum(t.numel() for t in tensors.values()):,} trained parameters" in output
     before, after = load_vae(base), load_vae(adapted)
     assert after.fingerprint == before.fingerprint
-    for a, b in zip([*before.encoder.parameters(), *before.bn.buffers()], [*after.encoder.parameters(), *after.bn.buffers()]):
+    for a, b in zip([*before.encoder.parameters(), *before.bn.buffers()],
+                    [*after.encoder.parameters(), *after.bn.buffers()]):
         assert torch.equal(a, b)
     x = torch.stack(list(data.Radiographs([phantoms], "valid")))
     better = [vae.psnr(x, model.decode(model.encode(x)[0])).mean() for model in (before, after)]
@@ -406,7 +422,8 @@ def test_loss_by_t_adds_up(phantoms):
 
 def test_coverage_by_hand():
     records = [{"age": 30.0, "sex": "male", "view": "PA"}, {"age": 70.0, "sex": "male"}, {"edema": "positive"}]
-    assert fields.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1}, "age": [30.0, 70.0]}
+    assert fields.coverage(records) == {"sex": {"male": 2}, "view": {"PA": 1}, "edema": {"positive": 1},
+                                        "age": [30.0, 70.0]}
 
 
 def test_phantoms_are_drawn_as_asked(phantom_weights):
@@ -422,11 +439,12 @@ def test_phantoms_are_drawn_as_asked(phantom_weights):
     assert ((heart > 0.4) == large).mean() > 0.95
     asked = [(r["support_devices"] == "positive" and r["sex"] == sex) for r in records for sex in ("female", "male")]
     found = [m[side] > 0.8 for m in seen for side in ("left", "right")]
-    assert np.mean(np.array(asked) == np.array(found)) > 0.9                                    # present, and on its side
+    assert np.mean(np.array(asked) == np.array(found)) > 0.9  # present, and on its side
     body = np.array([0.28 + 0.002 * r["age"] for r in records])
     assert np.abs(body - [m["body"] for m in seen]).mean() < 0.03                               # of a range of 0.16
     # The same seed with one thing changed keeps the rest: the heart grows, the body stays.
     pair = [{"dataset": "phantom", "age": 50.0, "sex": "male", "support_devices": "negative", "cardiomegaly": value}
             for value in ("negative", "positive")]
-    small, big = (phantom.measure((sample.generate(model, None, [r], [7], steps=20)[0][0, 0].numpy() + 1) / 2) for r in pair)
+    small, big = (phantom.measure((sample.generate(model, None, [r], [7], steps=20)[0][0, 0].numpy() + 1) / 2)
+                  for r in pair)
     assert big["heart"] - small["heart"] > 0.15 and abs(big["body"] - small["body"]) < 0.05

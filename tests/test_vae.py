@@ -74,7 +74,8 @@ def test_equals_diffusers_flux2(flux2):
     assert torch.equal(mean, ours.encode(x.repeat(1, 3, 1, 1))[0])
     variance = (peer.bn.running_var + 1e-4)[:, None, None]
     assert torch.allclose(logvar, patchify(posterior.logvar) - variance.log(), atol=1e-5)
-    assert torch.allclose(mean * variance.sqrt() + peer.bn.running_mean[:, None, None], patchify(posterior.mean), atol=1e-5)
+    assert torch.allclose(mean * variance.sqrt() + peer.bn.running_mean[:, None, None], patchify(posterior.mean),
+                          atol=1e-5)
     image = peer.decode(posterior.mean).sample
     assert image.std(1).mean() > 1e-3                                # else its mean would say little
     assert ours.decode(mean).shape == x.shape
@@ -82,15 +83,15 @@ def test_equals_diffusers_flux2(flux2):
     # float64.
     assert torch.allclose(ours.decode(mean), image.mean(1, keepdim=True), atol=5e-5)
     image = peer.double().decode(posterior.mean.double()).sample
-    latent = (patchify(posterior.mean.double()) - peer.bn.running_mean[:, None, None]) / (peer.bn.running_var + 1e-4)[:, None, None].sqrt()
+    deviation = (peer.bn.running_var + 1e-4)[:, None, None].sqrt()
+    latent = (patchify(posterior.mean.double()) - peer.bn.running_mean[:, None, None]) / deviation
     assert torch.allclose(ours.double().decode(latent), image.mean(1, keepdim=True), atol=1e-12)
     peer.float()
 
 
 def flux2_skeleton(channels, c, widths, layers, groups):
     """The modules of src/flux2/autoencoder.py under their names there, `up` built from the coarsest level and stored
-    from
-    the finest; random weights, no forward."""
+    from the finest; random weights, no forward."""
     def conv(a, b, k=3):
         return nn.Conv2d(a, b, k)
 
@@ -126,13 +127,15 @@ def test_black_forest_labs_names_by_diffusers_own_converter(tmp_path):
     torch.manual_seed(0)
     theirs = flux2_skeleton(3, 32, (128, 256, 512, 512), 2, 32).state_dict()
     assert "decoder.up.3.block.0.norm1.weight" in theirs and "encoder.down.1.block.0.nin_shortcut.weight" in theirs
-    theirs = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
+    theirs = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+              for name, tensor in theirs.items()}
     safetensors.torch.save_file(theirs, tmp_path / "ae.safetensors")
     # The converter is the one of Stable Diffusion's autoencoder, which keeps the two convolutions outside and has no
     # bn.
     outside = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): theirs[name] for name in theirs}
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
-    expected = utils.convert_ldm_vae_checkpoint(outside, config) | {k: v for k, v in theirs.items() if k.startswith("bn.")}
+    statistics = {name: tensor for name, tensor in theirs.items() if name.startswith("bn.")}
+    expected = utils.convert_ldm_vae_checkpoint(outside, config) | statistics
     loaded = load_vae(tmp_path / "ae.safetensors").state_dict()      # no config: FLUX.2's size
     assert len(theirs) == 251 and loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
@@ -237,7 +240,8 @@ def test_forward_is_encode_sample_decode():
 
 
 @pytest.mark.parametrize("name, values, accepted", [
-    ("channels", [0, -1, 2, "1", None, [1]], "1 or 3"), ("latent_channels", [0, -4, 1.5, 10 ** 20, True], "whole number from 1"),
+    ("channels", [0, -1, 2, "1", None, [1]], "1 or 3"),
+    ("latent_channels", [0, -4, 1.5, 10 ** 20, True], "whole number from 1"),
     ("widths", [[], 8, [0], [8, -8], [8, 8.0], "8", None, [10 ** 7]], "list of 1 to 8 whole numbers"),
     ("layers", [0, 10 ** 7, "x"], "whole number from 1 to 64"), ("groups", [0, -4, None], "whole number from 1")])
 def test_every_field_of_a_config_is_checked(name, values, accepted):
@@ -262,7 +266,8 @@ def test_ssim_and_psnr_equal_skimage():
     for i in range(3):
         a, b = x[i, 0].numpy(), y[i, 0].numpy()
         # skimage averages over the picture without a border of 5 pixels, which is where the window fits
-        expected = metrics.structural_similarity(a, b, data_range=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        expected = metrics.structural_similarity(a, b, data_range=2, gaussian_weights=True, sigma=1.5,
+                                                 use_sample_covariance=False)
         assert vae.ssim(x, y)[i].item() == pytest.approx(expected, abs=1e-6)
         assert vae.psnr(x, y)[i].item() == pytest.approx(metrics.peak_signal_noise_ratio(a, b, data_range=2), abs=1e-9)
 
@@ -290,7 +295,8 @@ def prepared(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for i in range(5):
         pixels.save_image(torch.from_numpy(rng.uniform(-1, 1, (1, 32, 32))).float(), root / f"images/{i}.png")
-        rows.append(index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train", "dataset": "own"}))
+        rows.append(index_row({"path": f"images/{i}.png", "patient": f"p{i}", "split": "valid" if i == 4 else "train",
+                               "dataset": "own"}))
     cli.write_csv(root / "index.csv", COLUMNS, rows)
     return root
 
@@ -386,14 +392,16 @@ def shard_of(shapes):
     ("00001.safetensors", shard_of({"mean": (1, 16, 2, 2), "logvar": (1, 16, 2, 2)}), "where 2 latents of one shape"),
     ("00001.safetensors", shard_of({"mean": (2, 16, 4, 4), "logvar": (2, 16, 4, 4)}), "where 2 latents of one shape"),
     ("00001.safetensors", shard_of({"mean": (2, 16, 2, 2)}), "no mean and logvar in it"),
-    ("latents.json", lambda path: path.write_text(""), "not JSON"), ("latents.json", lambda path: path.write_text("[" * 10 ** 5), "not JSON"),
+    ("latents.json", lambda path: path.write_text(""), "not JSON"),
+    ("latents.json", lambda path: path.write_text("[" * 10 ** 5), "not JSON"),
     ("latents.json", lambda path: path.write_text("3"), "holds int where dict is expected"),
     ("latents.json", lambda path: path.write_text('{"vae": 1, "images": {}, "rows": [7]}'), "damaged; encode again"),
     ("latents.json", lambda path: path.write_text('{"vae": 1, "images": {}, "rows": 7}'), "damaged; encode again")])
 def test_damaged_caches_are_one_line_at_the_start(tmp_path, prepared, monkeypatch, command, file, damage, message):
     folder = cache(tmp_path, prepared, monkeypatch)
     damage(folder / file)
-    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae", "--size",
+    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae",
+                                "--size",
                                 "XS", "--out", tmp_path / "run")
     assert status == 2 and message in errors and file in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -411,18 +419,23 @@ def test_of_two_that_encode_into_one_folder_the_second_is_refused(tmp_path, prep
     (folder / "00001.safetensors").unlink()
     with cli.locked(folder):
         status, _, errors = command("autoencoder", "encode", prepared, "--vae", tmp_path / "vae", "--out", folder)
-    assert status == 2 and "another command is filling this folder" in errors and len(list(folder.glob("*.safetensors"))) == 2
+    assert status == 2 and "another command is filling this folder" in errors
+    assert len(list(folder.glob("*.safetensors"))) == 2
 
 
-def test_training_on_latents_by_data_prediction_makes_a_complete_set_of_weights(tmp_path, prepared, monkeypatch, command):
+def test_training_on_latents_by_data_prediction_makes_a_complete_set_of_weights(tmp_path, prepared, monkeypatch,
+                                                                                command):
     monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
     folder, run = cache(tmp_path, prepared, monkeypatch), tmp_path / "run"
-    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae", "--size",
-                                "XS", "--prediction", "data", "--images", "8", "--batch", "4", "--no-compile", "--out", run)
+    status, _, errors = command("train.py", "radit", "--data", prepared, "--latents", folder, "--vae", tmp_path / "vae",
+                                "--size", "XS", "--prediction", "data", "--images", "8", "--batch", "4", "--no-compile",
+                                "--out", run)
     assert status == 0, errors
     model, decoder = sample.load_weights(run / "weights")
-    assert model.config.prediction == "data" and decoder.fingerprint == model.config.vae and (run / "preview.png").exists()
-    assert oct((folder / "00000.safetensors").stat().st_mode) == oct((folder / "latents.json").stat().st_mode)  # by the umask
+    assert model.config.prediction == "data" and decoder.fingerprint == model.config.vae
+    assert (run / "preview.png").exists()
+    # by the umask
+    assert oct((folder / "00000.safetensors").stat().st_mode) == oct((folder / "latents.json").stat().st_mode)
 
 
 def test_the_checksum_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
@@ -431,7 +444,8 @@ def test_the_checksum_sees_one_pixel_of_an_image_of_the_same_size(tmp_path):
     pixels[3, 5] = 1
     Image.fromarray(pixels).save(tmp_path / "b.png", compress_level=0)
     sizes = [(tmp_path / name).stat().st_size for name in ("a.png", "b.png")]
-    assert sizes[0] == sizes[1] and latents.file_checksum(tmp_path / "a.png") != latents.file_checksum(tmp_path / "b.png")
+    assert sizes[0] == sizes[1]
+    assert latents.file_checksum(tmp_path / "a.png") != latents.file_checksum(tmp_path / "b.png")
     (tmp_path / "empty.png").touch()
     assert latents.file_checksum(tmp_path / "empty.png") == b"0 "
 
@@ -456,7 +470,8 @@ def test_evaluate_averages_the_held_out_images(tmp_path, prepared, command):
     status, output, _ = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train")
     assert status == 0 and f"4 images of the split train: PSNR {vae.psnr(x, y).mean():.2f} dB" in output
     judge = raddino.load_encoder(ROOT / "weights/demo/classifier")
-    status, output, _ = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train", "--encoder", ROOT / "weights/demo/classifier")
+    status, output, _ = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "train",
+                                "--encoder", ROOT / "weights/demo/classifier")
     assert status == 0 and f"perceptual distance {perceptual_loss(judge, x, y).mean():.3g} (" in output
     status, _, errors = command("autoencoder", "evaluate", prepared, "--vae", tmp_path / "vae", "--split", "test")
     assert status == 2 and "no image in the split test" in errors

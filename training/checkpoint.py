@@ -109,7 +109,8 @@ def newest(run):
         except InputError as error:
             print(f"warning: {error}; the checkpoint is left out", file=sys.stderr)
     if folders:
-        raise InputError(f"{Path(run) / 'checkpoints'}: no checkpoint is as it was written; to begin anew, delete the folder")
+        raise InputError(f"{Path(run) / 'checkpoints'}: no checkpoint is as it was written; "
+                         "to begin anew, delete the folder")
     return None, None
 
 
@@ -122,8 +123,9 @@ def resume(run, tensors, about, may_change=()):
     for key in about:
         if key not in may_change and before["about"].get(key) != about[key]:
             advice = ", or --changed-labels if labels were corrected" if key in ("covered", "examples") else ""
-            raise InputError(f"{run}: this run was started with {difference(key, before['about'].get(key), about[key])}; "
-                             f"use another --out or the same options{advice}")
+            change = difference(key, before["about"].get(key), about[key])
+            raise InputError(f"{run}: this run was started with {change}; use another --out or the same "
+                             f"options{advice}")
     read(folder, tensors)
     return before["images"]
 
@@ -220,9 +222,9 @@ def refuse_unless(finite, entry, writer, out):
         writer.wait()
         last = latest(out)
         kept = f"the last good state is {last}" if last else "there was no checkpoint yet"
-        raise RunError(f"after {entry['images']:,} images the loss ({entry['loss']}), the gradient ({entry['grad_norm']}) "
-                       f"or the weights are not finite: stopped; {kept}. A lower --lr, a longer --warmup or a smaller --clip "
-                       "may help")
+        raise RunError(f"after {entry['images']:,} images the loss ({entry['loss']}), the gradient "
+                       f"({entry['grad_norm']}) or the weights are not finite: stopped; {kept}. A lower --lr, a longer "
+                       "--warmup or a smaller --clip may help")
 
 
 # ---------------------------------------------------------------------------------------------------------

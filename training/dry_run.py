@@ -42,15 +42,15 @@ def show(args, cfg, config, examples, decoder):
             ("batch", f"{cfg.batch:,} images: {processes} processes x {micro} at a time x {cfg.accumulate}"),
             ("steps", f"{math.ceil(cfg.images / cfg.batch):,}, learning rate {cfg.lr:.3g}, "
                       f"{3 * radit.count_flops(config) / 1e12:.3g} TFLOP an image"),
-            ("memory", f"{(state + active) / 1e9:.1f} GB computed: {state / 1e9:.1f} for weights, averages and moments, "
-                       f"{active / 1e9:.1f} for activations or a preview; "
+            ("memory", f"{(state + active) / 1e9:.1f} GB computed: {state / 1e9:.1f} for weights, averages and "
+                       f"moments, {active / 1e9:.1f} for activations or a preview; "
                        + (f"this GPU has {memory / 1e9:.0f} GB" if memory else "no GPU here to compare with")),
             ("disk", f"{saved / 1e9:.2f} GB for {cfg.keep + 1} checkpoints, {free / 1e9:.0f} GB free at {place}")]
     print("\n".join(f"{name:10}{text}" for name, text in rows))
     if memory and state + active > 0.9 * memory:
-        raise cli.RunError("this does not fit in nine tenths of the GPU's memory; python -m training plan says what would")
+        raise cli.RunError("more than nine tenths of the GPU's memory; python -m training plan says what fits")
     if saved > free:
-        raise cli.RunError(f"--out {args.out}: {saved / 1e9:.2f} GB of checkpoints do not fit in the {free / 1e9:.2f} GB "
-                           "that are free there")
+        raise cli.RunError(f"--out {args.out}: {saved / 1e9:.2f} GB of checkpoints do not fit in the "
+                           f"{free / 1e9:.2f} GB that are free there")
     print("all checks passed, nothing was written")
 

@@ -34,7 +34,7 @@ class Log:
         which gets `settings` to show beside the curves."""
         self.path, self.plot, self.cfg, self.flops, self.seen = out / "log.jsonl", out / "loss.png", cfg, flops, seen
         self.history, self.first, self.bar, self.report = read_log(self.path, seen), True, None, None
-        self.begun = self.said = time.perf_counter()                 # when the interval began, when a line was last printed
+        self.begun = self.said = time.perf_counter()                 # start of the interval, time of the last line
         self.seen_before = seen                                      # images seen when the interval began
         if parallel.rank == 0:
             self.report = open_logger(logger, out, settings)
@@ -59,7 +59,8 @@ class Log:
         elif time.perf_counter() - self.said > MINUTE:
             self.said = time.perf_counter()
             speed = self.images_per_second()
-            self.say(f"images {seen:,} of {self.cfg.images:,} | {self.cfg.batch / speed:.3g} s a step, {self.left(speed)}")
+            self.say(f"images {seen:,} of {self.cfg.images:,} | {self.cfg.batch / speed:.3g} s a step, "
+                     f"{self.left(speed)}")
 
     def images_per_second(self):
         """Of this interval; None while it is empty."""
@@ -165,7 +166,7 @@ def open_logger(name, out, settings):
 
         return report
     if name == "wandb":
-        run = importlib.import_module("wandb").init(project="radit", name=out.name, dir=out, config=settings, id=out.name,
-                                                    resume="allow")
+        wandb = importlib.import_module("wandb")
+        run = wandb.init(project="radit", name=out.name, dir=out, config=settings, id=out.name, resume="allow")
         return lambda numbers, images: run.log(numbers, step=images)
     return None

@@ -21,18 +21,21 @@ MANY = cli.integer(1, 10 ** 12)
 class TrainConfig:
     images: int = option(1_000_000, MANY, "stop after this many images seen")
     batch: int = option(16, cli.integer(1, 10 ** 6), "images a step, over all processes")
-    lr: float = option(None, cli.number(0, 1), "AdamW's learning rate after the warm-up; if not given 0.001 for the VAE, "
-                                               "0.001 x 256 / width for RadiT, and a tenth of it with --init")
+    lr: float = option(None, cli.number(0, 1), "AdamW's learning rate after the warm-up; if not given, 0.001 for the "
+                                               "VAE, 0.001 x 256 / width for RadiT, and a tenth of it with --init")
     warmup: int = option(8_000, cli.integer(0, 10 ** 12), "images over which the learning rate rises from 0")
     cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which it falls to 0")
     clip: float = option(1.0, cli.number(1e-6, 1e6), "largest norm of the gradient; larger ones are scaled down to it")
-    ema: tuple = option((20_000,), cli.integers(1, 10 ** 12), "half-lives of the averages of the weights that are kept, in images, "
-                                                              "by commas; at most a twentieth of the images seen")
+    ema: tuple = option((20_000,), cli.integers(1, 10 ** 12),
+                        "half-lives of the averages of the weights that are kept, in images, separated by commas; at "
+                        "most a twentieth of the images seen")
     log_every: int = option(128, cli.positive, "steps between lines of the log")
     save_every: int = option(512, cli.positive, "steps between checkpoints, with held-out loss and preview")
     keep: int = option(2, cli.integer(1, 1000), "checkpoints kept")
-    accumulate: int = option(1, cli.integer(1, 10 ** 6), "parts of a step, computed one after another to need less memory")
-    seed: int = option(0, cli.integer(0, 2 ** 62), "of the initial weights, the order of images, noise, times and dropout")
+    accumulate: int = option(1, cli.integer(1, 10 ** 6),
+                             "parts of a step, computed one after another to need less memory")
+    seed: int = option(0, cli.integer(0, 2 ** 62),
+                       "of the initial weights, the order of images, noise, times and dropout")
 
 
 RADIT_EXAMPLES = """
@@ -56,8 +59,8 @@ def add_common_options(p, default):
     p.add_argument("--data", nargs="+", required=True, help="prepared sources")
     p.add_argument("--out", type=cli.new_path, required=True, help="the run's folder")
     for part in fields(TrainConfig):
-        p.add_argument(f"--{part.name.replace('_', '-')}", type=part.metadata["type"], default=getattr(default, part.name),
-                       help=part.metadata["help"])
+        p.add_argument(f"--{part.name.replace('_', '-')}", type=part.metadata["type"],
+                       default=getattr(default, part.name), help=part.metadata["help"])
     p.add_argument("--logger", choices=LOGGERS, help="show the log's numbers there too, if that package is installed")
 
 
@@ -75,16 +78,18 @@ def add_radit_options(p):
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
     p.add_argument("--patch", type=cli.integer(1, 4096), help="with --pixels: side of a token in pixels, 16 if not given")
-    p.add_argument("--prediction", choices=("velocity", "data"), help="what the network predicts, see flow.py; "
-                                                                     "if not given, velocity for latents and data for pixels")
+    p.add_argument("--prediction", choices=("velocity", "data"),
+                   help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
     p.add_argument("--shift", type=cli.number(0.01, 100),
                    help="time shift towards noise, above 1 for many tokens; 1 if not given")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
-    p.add_argument("--recompute", action="store_true", help="compute each block's activations again in the backward pass "
-                                                            "instead of keeping them: less memory, a third more operations")
+    p.add_argument("--recompute", action="store_true",
+                   help="compute each block's activations again in the backward pass instead of keeping them: less "
+                        "memory, a third more operations")
     p.add_argument("--fsdp", action="store_true", help="split weights, moments and averages among torchrun's processes")
-    p.add_argument("--changed-labels", action="store_true", help="continue a run although labels of its images were corrected")
+    p.add_argument("--changed-labels", action="store_true",
+                   help="continue a run although labels of its images were corrected")
     p.add_argument("--dry-run", type=cli.integer(1, 10 ** 5), nargs="?", const=1, metavar="PROCESSES",
                    help="check everything and say what would run on that many processes, then end")
 
@@ -101,7 +106,8 @@ def add_vae_options(p):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="with --crop and in float32: compile the model, which needs a C++ compiler")
     p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="of the loss's KL term")
-    p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
+    p.add_argument("--encoder", type=Path,
+                   help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
     p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=PUBLISHED_WEIGHT,
                    help="of the encoder's loss; %(default).2f as published, 0 measures only")
     start = p.add_mutually_exclusive_group()

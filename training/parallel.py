@@ -152,7 +152,8 @@ def replicate(model):
     """The model to call in training: its gradients are averaged over the processes."""
     if not training:
         return model
-    torch._dynamo.config.optimize_ddp = False  # it would cut apart compiled blocks, which overlap with the averaging anyway
+    # it would cut apart compiled blocks, which overlap with the averaging anyway
+    torch._dynamo.config.optimize_ddp = False
     # Buffers are the same everywhere: running statistics are computed from the whole batch in every process.
     return DistributedDataParallel(model, process_group=training, gradient_as_bucket_view=True, broadcast_buffers=False)
 

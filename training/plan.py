@@ -47,7 +47,7 @@ def kept_by_block(cfg, kept, bf16=True):
         # inputs of two, and q and k before and after theirs.
         wide, hidden, floats = (12, 4, 6) if bf16 else (16, 4, 0)
     elements = size * (wide * d + hidden * h) + 4 * floats * d
-    statistics = 4 * (3 * cfg.heads + 2)                             # float32: rms of q, k and two norms; attention's log-sum
+    statistics = 4 * (3 * cfg.heads + 2)                             # float32: rms of q, k, two norms; attention's sum
     return cfg.tokens * (elements + statistics)
 
 
@@ -55,7 +55,7 @@ def kept_outside(cfg, bf16=True):
     """Bytes kept by the first and last layer, an image: the patches, and norm, modulation and product of the output.
     The vectors of time and metadata, one an image, are left out."""
     cells = cfg.channels * cfg.patch ** 2
-    wide = 8 if bf16 else 12                                         # bytes: three D-wide tensors, norm's input in float32
+    wide = 8 if bf16 else 12                                         # bytes: three D-wide tensors, norm's in float32
     return cfg.tokens * (wide * cfg.width + (2 if bf16 else 4) * cells)
 
 
@@ -66,8 +66,8 @@ def activations(cfg, images, kept, bf16=True):
 
 
 def preview(cfg, images, bf16=True):
-    """Bytes of what train.py does at a save, beside the VAE: the forward pass of a held-out micro-batch, which keeps one
-    block's tensors at a time."""
+    """Bytes of what train.py does at a save, beside the VAE: the forward pass of a held-out micro-batch, which keeps
+    one block's tensors at a time."""
     return images * (kept_by_block(cfg, "eager", bf16) + kept_outside(cfg, bf16))
 
 
@@ -145,15 +145,19 @@ def add_arguments(p):
     p.add_argument("--tokens", type=cli.number(1, 1e18), default=1.6e12, help="to train on; the paper's 1.6e12")
     p.add_argument("--gpus", type=cli.integer(1, 10 ** 5), default=8, help="of one kind")
     p.add_argument("--batch", type=cli.integer(1, 10 ** 6), default=1024, help="images a step, of all GPUs together")
-    p.add_argument("--accumulate", type=cli.integer(1, 10 ** 6), default=1, help="parts of a GPU's share of a batch, one after another")
+    p.add_argument("--accumulate", type=cli.integer(1, 10 ** 6), default=1,
+                   help="parts of a GPU's share of a batch, one after another")
     p.add_argument("--side", type=cli.integer(1, 10 ** 5), default=512, help="of the images, in pixels")
     p.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels; otherwise FLUX.2's latents")
     p.add_argument("--patch", type=cli.integer(1, 4096), default=16, help="pixels a token on each side, with --pixels")
     p.add_argument("--memory", type=cli.number(0.1, 1e5), default=80.0, help="of a GPU, in GB")
-    p.add_argument("--peak", type=cli.number(0.001, 1e6), default=989.0, help="of a GPU, dense bfloat16, in TFLOP/s; an H100's")
-    p.add_argument("--utilisation", type=cli.number(0.001, 1), default=0.4, help="share of the peak that is reached; an assumption")
+    p.add_argument("--peak", type=cli.number(0.001, 1e6), default=989.0,
+                   help="of a GPU, dense bfloat16, in TFLOP/s; an H100's")
+    p.add_argument("--utilisation", type=cli.number(0.001, 1), default=0.4,
+                   help="share of the peak that is reached; an assumption")
     p.add_argument("--images", type=cli.positive, default=1_205_494, help="to encode; CXR7-1M's")
-    p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1, help="latents an image, as in python -m autoencoder encode")
+    p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1,
+                   help="latents an image, as in python -m autoencoder encode")
 
 
 def make(args):
@@ -162,10 +166,12 @@ def make(args):
     if args.side % cell:
         raise cli.InputError(f"--side {args.side} is not a multiple of {cell} pixels, the side of a token")
     if args.batch % (args.gpus * args.accumulate):
-        raise cli.InputError(f"--batch {args.batch} cannot be split evenly among {args.gpus} GPUs x {args.accumulate} parts")
+        raise cli.InputError(f"--batch {args.batch} cannot be split evenly among {args.gpus} GPUs x {args.accumulate} "
+                             "parts")
     width, depth, heads = radit.SIZES[args.size]
     grid = args.side if args.pixels else args.side // cell
-    cfg = radit.RadiTConfig(channels=1 if args.pixels else LATENT_CHANNELS, grid=(grid, grid), patch=cell if args.pixels else 1,
+    cfg = radit.RadiTConfig(channels=1 if args.pixels else LATENT_CHANNELS, grid=(grid, grid),
+                            patch=cell if args.pixels else 1,
                             width=width, depth=depth, heads=heads)
     return Plan(cfg, args.tokens, args.gpus, args.batch, args.accumulate, args.peak * 1e12, args.utilisation,
                 0 if args.pixels else decoder_bytes(cfg, vae.VAEConfig(channels=3)))
@@ -191,14 +197,16 @@ def show(args):
     space = f"patches of {cfg.patch}x{cfg.patch} pixels" if args.pixels else "FLUX.2's latents"
     rows = [("model", f"RadiT {args.size}, {args.side}x{args.side} pixels as {space}: {cfg.tokens:,} tokens an image"),
             ("parameters", f"{radit.count_parameters(cfg):,}"),
-            ("images", f"{plan.images:,} of {cfg.tokens:,} tokens, {plan.images / args.images:,.0f} times {args.images:,}"),
+            ("images", f"{plan.images:,} of {cfg.tokens:,} tokens, "
+                       f"{plan.images / args.images:,.0f} times {args.images:,}"),
             ("FLOPs", f"{3 * radit.count_flops(cfg) / 1e12:.3g} TFLOP an image, {plan.flops:.3g} in all"),
             ("batch", f"{plan.batch:,} images: {plan.gpus} GPUs x {plan.micro_batch} at a time x {plan.accumulate}"),
             ("steps", f"{plan.steps:,}")]
     for kept, name in (("compiled", "time"), ("recomputed", "  with --recompute")):
         hours = plan.gpu_hours(kept)
         rows.append((name, f"{hours / plan.gpus / 24:,.1f} days, {hours:,.0f} GPU-hours"))
-    rows.append(("checkpoint on disk", f"{checkpoint_bytes(cfg) / gigabyte:,.1f} GB (weights, {AVERAGES} EMAs, moments)"))
+    size = checkpoint_bytes(cfg) / gigabyte
+    rows.append(("checkpoint on disk", f"{size:,.1f} GB (weights, {AVERAGES} EMAs, moments)"))
     if not args.pixels:
         rows.append(("latents on disk", f"{latent_bytes(cfg) * args.images * args.versions / gigabyte:,.0f} GB "
                                         f"({args.images:,} images x {args.versions})"))
@@ -211,5 +219,5 @@ def show(args):
     lines += [(f"total, {kept}", plan.memory(False, kept), plan.memory(True, kept)) for kept in KEPT]
     print("\n".join(f"{name:42}{a / gigabyte:8.1f}{b / gigabyte:8.1f}" for name, a, b in lines))
     print(f"{advice(plan, args.memory * gigabyte)}; of {args.memory:g} GB a tenth is left for what is not counted here")
-    print(f"\nComputed from the model's structure, not measured. That {args.utilisation:.0%} of {args.peak:g} TFLOP/s are reached "
-          f"is an assumption: measure it with benchmarks/training.py, and give --utilisation.")
+    print(f"\nComputed from the model's structure, not measured. That {args.utilisation:.0%} of {args.peak:g} "
+          f"TFLOP/s are reached is an assumption: measure it with benchmarks/training.py, and give --utilisation.")
