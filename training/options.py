@@ -77,7 +77,8 @@ def add_radit_options(p):
     space.add_argument("--latents", type=Path, help="made by python -m autoencoder encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
-    p.add_argument("--patch", type=cli.integer(1, 4096), help="with --pixels: side of a token in pixels, 16 if not given")
+    p.add_argument("--patch", type=cli.integer(1, 4096),
+                   help="with --pixels: side of a token in pixels, 16 if not given")
     p.add_argument("--prediction", choices=("velocity", "data"),
                    help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
     p.add_argument("--shift", type=cli.number(0.01, 100),
@@ -101,8 +102,10 @@ def add_vae_options(p):
     p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="of GroupNorm; 32 if not given")
     p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
                    help="of a latent cell of 8x8 pixels at four widths; 32 if not given, with --init the base's or more")
-    p.add_argument("--channels", type=int, choices=(1, 3), help="of the VAE's image, 1 if not given; grey is repeated to 3")
-    p.add_argument("--crop", type=cli.integer(1, 10 ** 4), help="train on random squares of so many pixels, one an image")
+    p.add_argument("--channels", type=int, choices=(1, 3),
+                   help="of the VAE's image, 1 if not given; grey is repeated to 3")
+    p.add_argument("--crop", type=cli.integer(1, 10 ** 4),
+                   help="train on random squares of so many pixels, one an image")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="with --crop and in float32: compile the model, which needs a C++ compiler")
     p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="of the loss's KL term")
