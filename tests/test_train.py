@@ -219,7 +219,7 @@ def test_either_prediction_for_either_space(tmp_path, few_phantoms, command, tin
 def test_help_says_what_every_option_does(command):
     for name in ("radit", "vae"):
         _, output, _ = command("train.py", name, "--help")
-        assert output.count("\n  python train.py") + output.count("\n  torchrun") == 2
+        assert output.count("\n  python train.py") + output.count("\n  torchrun") >= 2
         assert "see TrainConfig" not in output and "largest norm of the gradient" in output
 
 
