@@ -253,7 +253,7 @@ def shown(stored, ds, used_bits=None):
     grey = table.take(stored - least, mode="clip")                   # H W
     if image.size and bits > 8 and not has_window and not used_bits:
         if 0 < np.ptp(table.take(image - least)) < 1 / 4:
-            raise Rejected("no window, and less than a quarter of the stored depth is used; say how many bits are")
+            raise Rejected("no window, and less than a quarter of the stored depth is used; --used-bits says how much")
     if padded is not None:
         grey[padded] = 0
     return grey

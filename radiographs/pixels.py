@@ -124,7 +124,7 @@ def grey_of_16_bits(image, tiff, used_bits):
         raise Rejected("values beyond the used depth that was given")
     if array.max() < white / 4 and not used_bits:
         warn_once("a picture of 16 bits uses less than a quarter of its depth and comes out dark. "
-                  "If its source is known to use fewer bits, say how many (in Python: read_radiograph's used_bits)")
+                  "If its source is known to use fewer bits, say how many, such as --used-bits 12")
     grey = array / white
     return 1 - grey if tiff.get(262) == 0 else grey                  # WhiteIsZero: Pillow inverts 8 bits, not 16
 
@@ -142,7 +142,7 @@ def grey_of_colours(rgba):
 def warn_once(text):
     if not WARNED.value:
         WARNED.value = 1
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"\nwarning: {text}", file=sys.stderr)  # on a line of its own, below a progress bar
 
 
 # ---------------------------------------------------------------------------------------------------------
