@@ -48,6 +48,7 @@ class RadiTConfig:
     shift: float = 1.0                       # time shift of flow.py, the same in training and sampling
     datasets: tuple = DATASETS               # values of the field "dataset": the paper's seven and the user's own
     covered: dict = field(default_factory=dict)   # field -> {value: count in training}; age: [least, most]
+    pairs: dict = field(default_factory=dict)     # which values stood together in training: fields.count_pairs
     examples: list = field(default_factory=list)  # metadata to show when none is given
     vae: str = ""                            # fingerprint of the VAE whose latents these are; empty for pixels
 
@@ -59,7 +60,7 @@ class RadiTConfig:
         check.number(self, 0.01, 100, "shift")
         check.one_of(self, PREDICTIONS, "prediction")
         check.names(self, "datasets")
-        check.kind(self, dict, "covered")
+        check.kind(self, dict, "covered", "pairs")
         check.kind(self, list, "examples")
         check.kind(self, str, "vae")
         if any(side % self.patch for side in self.grid):

@@ -357,6 +357,7 @@ def read_radit_data(args):
     examples, held_out = (Examples([images.records[i] for i in places], datasets, latents, [names[i] for i in places])
                           for places in splits.values())
     return examples, held_out.some(256), {"datasets": datasets, "covered": fields.coverage(records),
+                                          "pairs": fields.count_pairs(records),
                                           "examples": made_up_metadata(records, args.seed)}
 
 
@@ -397,7 +398,7 @@ def train_radit(args, cfg):
     train(RadiTTask(config, held_out, decoder, args.vae if decoder else None, about), model, examples, cfg, args.out,
           compiled=model.blocks if args.compile else (), recomputed=model.blocks if args.recompute else (),
           sharded=model.blocks if args.fsdp else (), logger=args.logger,
-          may_change=("covered", "examples") if args.changed_labels else ())
+          may_change=("covered", "pairs", "examples") if args.changed_labels else ())
 
 
 def train_vae(args, cfg):

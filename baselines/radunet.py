@@ -46,6 +46,7 @@ class RadUNetConfig:
     shift: float = 1.0                       # time shift of flow.py, the same in training and sampling
     datasets: tuple = DATASETS               # values of the field "dataset": the paper's seven and the user's own
     covered: dict = field(default_factory=dict)   # field -> {value: count in training}; age: [least, most]
+    pairs: dict = field(default_factory=dict)     # which values stood together in training: fields.count_pairs
     examples: list = field(default_factory=list)  # metadata to ask for when nothing is asked for
     vae: str = ""                            # fingerprint of the VAE whose latents these are; empty for pixels
 

@@ -157,7 +157,7 @@ def choose_records(args, cfg, given):
     """The records that the options ask for, before --set, and notes for the user."""
     folder = args.causal or args.weights / "causal"
     model = patients.load(folder) if args.causal or hub.find(folder, "config.json") else None
-    pairs = getattr(cfg, "pairs", {})
+    pairs = cfg.pairs
     if args.like:
         return records_like(args.like, args.split, args.n, args.seed), []
     if args.balance is not None:

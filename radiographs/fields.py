@@ -200,6 +200,12 @@ def count_pairs(records):
     return pairs
 
 
+def add_pairs(a, b):
+    """The pairs of two sets of records together."""
+    return {value: dict(collections.Counter(a.get(value, {})) + collections.Counter(b.get(value, {})))
+            for value in {**a, **b}}
+
+
 def never_together(record, pairs):
     """The first two values of a record that no training record held together, as ("dataset=kermany", "age=80-120");
     None if there are none. `pairs` is that of count_pairs; an empty one, of weights that do not hold it, says

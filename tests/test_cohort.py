@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import radit
 import sample
 from causal import cohort, patients
 from common.cli import InputError, write_csv
 from radiographs import fields
 from radiographs.index import COLUMNS, index_row, read_rows
+from training import finetune
 
 COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": {"white": 3, "asian": 1}, "age": [20.5, 70],
            "pneumonia": {"positive": 2}, "dataset": {"own": 9}}
@@ -176,3 +178,12 @@ def test_pairs_are_counted_and_what_was_never_together_is_named():
     assert fields.never_together({"dataset": "own", "age": 81.0}, pairs) == ("dataset=own", "age=80-120")
     assert fields.never_together({"age": 90.0, "sex": "male"}, pairs) is None
     assert fields.never_together({"dataset": "own", "age": 81.0}, {}) is None
+    assert fields.add_pairs(fields.count_pairs(records[:1]), fields.count_pairs(records[1:])) == pairs
+
+
+def test_pairs_come_with_fine_tuned_weights_if_the_base_has_them():
+    new = fields.count_pairs([{"sex": "male", "view": "PA"}])
+    for old, expected in (({}, {}), (new, {"sex=male": {"view=PA": 2}})):
+        base = radit.RadiTConfig(width=64, heads=1, covered={"sex": {"male": 1}, "view": {"PA": 1}}, pairs=old)
+        config = finetune.extend_config(base, (128, 32, 32), "", datasets=[], covered={}, pairs=new)
+        assert config.pairs == expected

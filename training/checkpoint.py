@@ -122,7 +122,8 @@ def resume(run, tensors, about, may_change=()):
         return 0
     for key in about:
         if key not in may_change and before["about"].get(key) != about[key]:
-            advice = ", or --changed-labels if labels were corrected" if key in ("covered", "examples") else ""
+            labels = key in ("covered", "pairs", "examples")
+            advice = ", or --changed-labels if labels were corrected" if labels else ""
             change = difference(key, before["about"].get(key), about[key])
             raise InputError(f"{run}: this run was started with {change}; use another --out or the same "
                              f"options{advice}")

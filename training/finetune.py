@@ -14,6 +14,7 @@ import dataclasses
 import torch
 
 from common.cli import InputError
+from radiographs import fields
 from radit import RadiT
 
 TABLE = "metadata.tables.dataset.weight"
@@ -49,8 +50,11 @@ def extend_config(base, shape, vae, **described):
                          f"and the new images have {shape[0]}")
     new = [name for name in described.pop("datasets") if name not in base.datasets]
     covered = merge_coverage(base.covered, described.pop("covered"))
+    pairs = described.pop("pairs", {})
+    if base.covered and not base.pairs:  # weights older than the field say nothing of pairs, so nothing can be said
+        pairs = {}
     return dataclasses.replace(base, grid=tuple(shape[1:]), datasets=(*base.datasets, *new), covered=covered,
-                               **described)
+                               pairs=fields.add_pairs(base.pairs, pairs), **described)
 
 
 @torch.no_grad()
