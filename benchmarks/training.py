@@ -7,19 +7,19 @@ checkpointing.
 
 A step is loss, backward, clipping, fused AdamW and the EMA in float32, on data that lie ready. The FLOPs of a training
 image are three times its forward pass's, by structure (radit.count_flops; for DiT torch's counter): what checkpointing
-computes twice counts once. The matrix rate is the best of square products in the dtype of the training. Each variant
-runs in its own process, in turns over several rounds, and the best round counts; compilation is over before the clock
-starts.
+computes twice counts once. The matrix rate is that of square products in the dtype of the training: the best on a CPU;
+on a GPU, which slows down when it is hot, over two seconds of products without a pause. On a CPU all times are CPU time
+of one thread. The variants take turns in processes of their own; the table gives the median of the rounds and their
+range.
 """
+import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from transformer import (arguments, build, conditions, peak_memory,
-                         pick_device, seconds, take_turns)
+from transformer import arguments, build, conditions, now, peak_memory, ratio, seconds, spread, take_turns
 
 import flow
 from common import cli
@@ -30,22 +30,24 @@ MATRIX = "matrix products"
 
 
 def matrix_seconds(device, bf16):
-    """Seconds a FLOP of the fastest square matrix product, the best of several sizes and repetitions."""
+    """Seconds a FLOP of square matrix products, the least of several sizes."""
     best = float("inf")
     for side in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
         a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-        for _ in range(12):
-            start = time.perf_counter()
+        a @ b
+        times, start = [], now(device)
+        while sum(times) < (2 if device.type == "cuda" else 1):
             a @ b
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, (time.perf_counter() - start) / (2 * side ** 3))
+            times.append(now(device) - start - sum(times))
+        each = sum(times) / len(times) if device.type == "cuda" else min(times)
+        best = min(best, each / (2 * side ** 3))
     return best
 
 
 def measure(name, args, queue):
     """Puts (seconds a step, FLOPs of a training image, peak MiB) into the queue; for MATRIX (seconds a FLOP,)."""
-    device, bf16 = pick_device()
+    device, bf16 = cli.pick_device()
+    torch.set_num_threads(1)
     if name == MATRIX:
         return queue.put((matrix_seconds(device, bf16),))
     torch.manual_seed(0)
@@ -75,16 +77,20 @@ def main():
     parser.add_argument("--channels", type=cli.positive, default=128, help="of a token; 128 are FLUX.2's latents")
     args = parser.parse_args()
     print(f"{conditions(args)}, {args.channels} channels")
-    best = take_turns(measure, (MATRIX, *VARIANTS), args)
-    rate = 1 / best[MATRIX][0]
-    print(f"measured rate of matrix products: {rate / 1e12:.4g} TFLOP/s\n"
-          f"{'':32}{'images/s':>10}{'model TFLOP/s':>16}{'of that rate':>14}{'peak memory':>14}")
-    for name in [name for name in VARIANTS if name in best]:
-        median, flops, peak = best[name]
-        images = args.batch / median
-        print(f"{name:32}{images:10.2f}{images * flops / 1e12:16.4g}{images * flops / rate:14.1%}{peak:10.0f} MiB")
-    if pick_device()[0].type == "cpu":
-        print("Peak memory is of the whole process, torch included. These are a CPU's figures: a GPU's are not measured.")
+    results = take_turns(measure, (MATRIX, *VARIANTS), args)
+    rate = 1 / statistics.median(seconds for seconds, in results.pop(MATRIX))
+    print(f"matrix products: {rate / 1e12:.4g} TFLOP/s\n"
+          f"{'':32}{'images/s':>26}{'model TFLOP/s':>16}{'of that rate':>14}{'peak memory':>14}")
+    for name, rounds in results.items():
+        flops = statistics.median(args.batch * flops / median for median, flops, _ in rounds)
+        print(f"{name:32}{spread([args.batch / median for median, *_ in rounds], digits=2):>26}{flops / 1e12:16.4g}"
+              f"{flops / rate:14.1%}{max(peak for *_, peak in rounds):10.0f} MiB")
+    for ours, theirs in (("RadiT compiled", "DiT compiled"), ("RadiT eager", "DiT eager")):
+        if ours in results and theirs in results:
+            pair = [[median for median, *_ in results[name]] for name in (theirs, ours)]
+            print(f"{ours} is {ratio(*pair)} times as fast as {theirs}")
+    if cli.pick_device()[0].type == "cpu":
+        print("Peak memory is of the whole process, torch included. A GPU's figures: not measured.")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,25 @@
     pip install diffusers transformers
     python benchmarks/transformer.py [--size XS] [--grid 16] [--batch 16]
 
-Times one forward pass, and one forward and backward pass. Each variant runs in its own process, so that its peak
-memory is its own; the processes take turns over several rounds and the best round counts, so that a busy machine
-does not favour one of them. Compilation is warmed up before the clock starts. A ratio above 1: RadiT is faster.
+Times one forward pass, and one forward and backward pass. On a CPU it is CPU time of one thread, which other programs
+disturb least; on a GPU wall time. Each variant runs in a process of its own; the processes take turns over several
+rounds, and the table gives the median of the rounds and their range. Compilation is over before the clock starts.
+`kept` is what autograd keeps for the backward pass beside the parameters, counted from the tensors that it saves: exact,
+and the same on any machine. A ratio above 1: RadiT is faster.
 """
 import argparse
 import functools
 import importlib.util
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
+from queue import Empty
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +40,8 @@ def build(name, args, channels=32):
     backward)."""
     width, depth, heads = radit.SIZES[args.size]
     if name.startswith("RadiT"):
-        config = radit.RadiTConfig(channels=channels, grid=(args.grid, args.grid), width=width, depth=depth, heads=heads)
+        config = radit.RadiTConfig(channels=channels, grid=(args.grid, args.grid), width=width, depth=depth,
+                                   heads=heads)
         model = radit.RadiT(config)
         blocks, flops = model.blocks, radit.count_flops(config)
 
@@ -43,8 +49,9 @@ def build(name, args, channels=32):
             return model(x, t, torch.full_like(t, 50.0), torch.ones(len(x), 18, dtype=torch.long, device=x.device))
     else:
         from diffusers import DiTTransformer2DModel
-        shape = dict(num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels, num_layers=depth,
-                     sample_size=args.grid, patch_size=1, num_embeds_ada_norm=1000, norm_type="ada_norm_zero")
+        shape = dict(num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels,
+                     num_layers=depth, sample_size=args.grid, patch_size=1, num_embeds_ada_norm=1000,
+                     norm_type="ada_norm_zero")
         model = DiTTransformer2DModel(**shape)
         blocks = model.transformer_blocks
 
@@ -69,22 +76,44 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def now(device):
+    """Seconds: of this process's work on a CPU; of wall time on a GPU, once it has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def seconds(work, device, args):
     """The median time of args.steps calls, after args.warmup others."""
     times = []
     for _ in range(args.warmup + args.steps):
-        start = time.perf_counter()
+        start = now(device)
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[args.warmup:])[args.steps // 2]
+        times.append(now(device) - start)
+    return statistics.median(times[args.warmup:])
+
+
+def kept_bytes(work, model):
+    """Bytes that autograd keeps for the backward pass of work(), beside the model's parameters: each storage once."""
+    parameters, storages, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() in parameters:
+            return tensor
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)                                         # or its address might be used again
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(storages.values())
 
 
 def take_turns(measure, names, args):
-    """name -> the numbers that measure(name, args, queue) puts into the queue, of each the least of args.rounds rounds.
-    Every run has a process of its own; one that fails (memory, say) is tried no more, and its name left out."""
-    context, best, failed = multiprocessing.get_context("spawn"), {}, set()
+    """name -> what measure(name, args, queue) put into the queue in each of args.rounds rounds, a list. Every run has a
+    process of its own; a variant that fails (for lack of memory, say) is not tried again, and left out."""
+    context, results, failed = multiprocessing.get_context("spawn"), {}, set()
     for name in list(names) * args.rounds:
         if name in failed:
             continue
@@ -93,22 +122,33 @@ def take_turns(measure, names, args):
         process.start()
         while process.is_alive() and queue.empty():
             time.sleep(0.1)
-        if queue.empty():
+        try:
+            results.setdefault(name, []).append(queue.get(timeout=5))
+        except Empty:
             print(f"{name}: failed with status {process.exitcode}, left out")
             failed.add(name)
-            best.pop(name, None)
-            continue
-        result = queue.get()
+            results.pop(name, None)
         process.join()
-        best[name] = tuple(map(min, zip(result, best.get(name, result))))
-    return best
+    return results
+
+
+def spread(values, scale=1.0, digits=1):
+    """"median (least to greatest)" of the rounds."""
+    middle, low, high = (scale * f(values) for f in (statistics.median, min, max))
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratio(theirs, ours):
+    """How many times as fast ours is, in each round: the variants of one round ran next to each other."""
+    return spread([a / b for a, b in zip(theirs, ours)], digits=2)
 
 
 def conditions(args):
     device, bf16 = pick_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU time of one thread"
     return (f"torch {torch.__version__}, {name}, {'bfloat16 autocast' if bf16 else 'float32'}, size {args.size}, "
-            f"{args.grid ** 2} tokens, batch {args.batch}, median of {args.steps} steps, best of {args.rounds} rounds")
+            f"{args.grid ** 2} tokens, batch {args.batch}, median of {args.steps} steps; {args.rounds} rounds: median, "
+            f"range")
 
 
 def arguments(description):
@@ -126,45 +166,48 @@ def arguments(description):
 
 
 def measure(name, args, queue):
-    """Puts (seconds forward, seconds forward and backward, peak MiB above the start, parameters) into the queue."""
+    """Puts (seconds forward, seconds forward and backward, MiB kept, parameters) into the queue."""
     device, bf16 = pick_device()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model, call, _ = build(name, args)
     model.to(device)
-    x, t = torch.randn(args.batch, 32, args.grid, args.grid, device=device), torch.rand(args.batch, device=device)
-    before = 0 if device.type == "cuda" else peak_memory(device)
+    x = torch.randn(args.batch, 32, args.grid, args.grid, device=device)
+    t = torch.rand(args.batch, device=device)
+
+    def loss():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return call(model, x, t).float().square().mean()
 
     def forward():
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            call(model, x, t)
+        with torch.no_grad():
+            loss()
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = call(model, x, t).float().square().mean()
-        loss.backward()
+        loss().backward()
         model.zero_grad(set_to_none=True)
 
     times = [seconds(work, device, args) for work in (forward, step)]
-    queue.put((*times, peak_memory(device) - before, sum(p.numel() for p in model.parameters())))
+    queue.put((*times, kept_bytes(loss, model) / 2 ** 20, sum(p.numel() for p in model.parameters())))
 
 
 def main():
     args = arguments(__doc__).parse_args()
     print(conditions(args))
-    best = take_turns(measure, VARIANTS, args)
-    if len(best) < len(VARIANTS):
-        raise SystemExit("not all of them ran: nothing to compare")
-    print(f"{'':16}{'forward':>12}{'fwd + bwd':>12}{'peak memory':>14}{'parameters':>14}")
-    for name in VARIANTS:
-        forward, step, peak, parameters = best[name]
-        print(f"{name:16}{forward * 1e3:9.1f} ms{step * 1e3:9.1f} ms{peak:10.0f} MiB{parameters / 1e6:12.1f} M")
-    for ours, theirs, what in (("RadiT compiled", "DiT eager", "each as it comes (train.py compiles, diffusers does not)"),
+    results = take_turns(measure, VARIANTS, args)
+    if len(results) < len(VARIANTS):
+        raise cli.RunError("not all variants ran: nothing to compare")
+    columns = {name: list(zip(*rounds)) for name, rounds in results.items()}  # forward, step, kept, parameters
+    print(f"{'':16}{'forward, ms':>26}{'forward and backward, ms':>30}{'kept, MiB':>12}{'parameters, M':>16}")
+    for name, (forward, step, kept, parameters) in columns.items():
+        print(f"{name:16}{spread(forward, 1e3):>26}{spread(step, 1e3):>30}{kept[0]:12.1f}{parameters[0] / 1e6:16.1f}")
+    for ours, theirs, what in (("RadiT compiled", "DiT eager", "as they come (train.py compiles, diffusers does not)"),
                                ("RadiT eager", "DiT eager", "eager against eager"),
                                ("RadiT compiled", "DiT compiled", "compiled against compiled")):
-        ratios = [best[theirs][i] / best[ours][i] for i in (0, 1)]
-        print(f"{what}: forward {ratios[0]:.2f}, forward and backward {ratios[1]:.2f} times as fast, "
-              f"{best[ours][2] / best[theirs][2]:.2f} of the memory")
+        (forward, step, kept, _), (their_forward, their_step, their_kept, _) = columns[ours], columns[theirs]
+        print(f"{what}: forward {ratio(their_forward, forward)}, forward and backward {ratio(their_step, step)} times "
+              f"as fast, {kept[0] / their_kept[0]:.2f} of what is kept")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
