@@ -38,6 +38,7 @@ from autoencoder import lora
 from autoencoder.latents import Latents, evaluate, names_of
 from autoencoder.load import copy_vae, load_vae, locate_vae
 from autoencoder.widen import widen
+from baselines import radunet
 from common import cli, hub
 from common.cli import InputError, pick_device
 from encoders import raddino
@@ -278,13 +279,14 @@ def random_squares(x, side, where):                                  # N 1 H W, 
 
 class RadiTTask:
     """RadiT on latents or pixels; the picture shows what the EMA makes of fixed noise and metadata. `vae_folder`: of
-    the latents' VAE, which is copied beside the weights, so that they can be sampled from as they are."""
-    name = "radit"
+    the latents' VAE, which is copied beside the weights, so that they can be sampled from as they are. The baseline is
+    trained in the same way, under the name "radunet"."""
 
     def __init__(self, config, held_out, decoder, vae_folder=None, about=None):
+        self.name = "radunet" if isinstance(config, radunet.RadUNetConfig) else "radit"
         self.config, self.held_out, self.decoder, self.vae_folder = config, held_out, decoder, vae_folder
         self.about = about or {}
-        self.flops = 3 * radit.count_flops(config)
+        self.flops = 3 * (radunet if self.name == "radunet" else radit).count_flops(config)
 
     def flow(self, model, batch, rng, drop):
         """Loss and time of each image, (N,), (N,). batch: mean, log-variance, age, codes."""
@@ -303,7 +305,7 @@ class RadiTTask:
         return losses.mean(), {"loss_by_t": bins}
 
     def save(self, ema, folder):
-        if lora.adapters(ema):
+        if self.about.get("lora_rank"):
             lora.save(ema, folder)                                   # beside the base, which lies there from the start
         else:
             hub.save_model(ema, folder)
@@ -371,22 +373,30 @@ def train_radit(args, cfg):
         base, _ = sample.load_weights(args.init)
         config = finetune.extend_config(base.config, shape, vae_fingerprint, **described)
     else:
-        width, depth, heads = radit.SIZES[args.size or "B"]
-        patch = (args.patch or 16) if args.pixels else 1
+        sizes, default_patch = (radunet.SIZES, 8) if args.model == "radunet" else (radit.SIZES, 16)
+        size, patch = args.size or "B", (args.patch or default_patch) if args.pixels else 1
+        if size not in sizes:
+            raise InputError(f"--size {size}: {args.model} has the sizes {', '.join(sizes)}")
         if shape[1] % patch or shape[2] % patch:
             raise InputError(f"--patch {patch} does not divide the images' side of {shape[1]} pixels")
-        config = radit.RadiTConfig(
-            channels=shape[0], grid=tuple(shape[1:]), patch=patch, width=width, depth=depth, heads=heads,
-            prediction=args.prediction or ("data" if args.pixels else "velocity"), shift=args.shift or 1.0,
-            vae=vae_fingerprint, **described)
+        described |= {"channels": shape[0], "grid": tuple(shape[1:]), "patch": patch, "shift": args.shift or 1.0,
+                      "prediction": args.prediction or ("data" if args.pixels else "velocity"), "vae": vae_fingerprint}
+        if args.model == "radunet":
+            width, multiples, blocks, attending = sizes[size]
+            config = radunet.RadUNetConfig(width=width, multiples=multiples, blocks=blocks, attending=attending,
+                                           **described)
+        else:
+            width, depth, heads = sizes[size]
+            config = radit.RadiTConfig(width=width, depth=depth, heads=heads, **described)
     # Adam's rate falls as the width grows (Yang et al. 2022, table 3); 1e-3 was found good at XS's width, nothing was
     # tuned beyond. Trained weights take smaller steps; adapters start from zero.
     if cfg.lr is None:
-        cfg.lr = 1e-3 * 256 / config.width * (0.1 if args.init and not args.lora_rank else 1)
+        width = 4 * config.width if args.model == "radunet" else config.width  # of the condition: 256 in both XS
+        cfg.lr = 1e-3 * 256 / width * (0.1 if args.init and not args.lora_rank else 1)
     if args.dry_run:
         return dry_run.show(args, cfg, config, len(examples), decoder)
     torch.manual_seed(cfg.seed)
-    model, about = radit.RadiT(config), {}
+    model, about = radunet.RadUNet(config) if args.model == "radunet" else radit.RadiT(config), {}
     if args.init:
         model = finetune.extend(base, config)
         about = {"init": hub.fingerprint(args.init / "radit"), "lora_rank": args.lora_rank}
@@ -453,6 +463,8 @@ def main():
     cfg = config_of(args)
     if not getattr(args, "dry_run", None):
         parallel.micro_batch(cfg.batch, cfg.accumulate)              # refuses before anything is read or written
+    if args.command == "radit" and args.model == "radunet" and (args.init or args.dry_run):
+        parser.error(f"--model radunet: {'--init' if args.init else '--dry-run'} knows RadiT only")
     if args.init:
         for name in FROM_BASE[args.command]:
             if getattr(args, name) is not None:

@@ -1,5 +1,7 @@
+import json
 import math
 
+import phantom
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,3 +199,28 @@ def test_it_is_sampled_by_the_same_command(tmp_path):
     assert images.shape == (3, 1, 16, 16) and torch.allclose(images[1], alone[0], atol=1e-5)
     assert not torch.allclose(images[0], images[1], atol=1e-3)
     assert sample.provenance(tmp_path)["fingerprint"] == hub.fingerprint(tmp_path / "radunet")
+
+
+@pytest.mark.slow
+def test_it_is_trained_by_the_same_command(command, tmp_path):
+    """Phantoms in pixels: the loss falls, and what is saved is sampled from as it is. Sizes and options that it does not
+    have are refused."""
+    phantom.write_source(tmp_path / "data", 40)
+    radit_command = ["train.py", "radit", "--model", "radunet", "--data", tmp_path / "data", "--pixels", "--patch", 4,
+                     "--no-compile", "--batch", 8, "--log-every", 4, "--save-every", 8, "--out", tmp_path / "run"]
+    status, _, errors = command(*radit_command, "--size", "XS", "--images", 128, "--warmup", 16)
+    assert status == 0, errors
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    model, _ = sample.load_weights(tmp_path / "run/weights")
+    assert type(model) is RadUNet and model.config.grid == (32, 32) and model.config.covered["dataset"] == {"phantom": 36}
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--size", "XL"], "radunet has the sizes XS, S, M, B"), (["--dry-run"], "--dry-run knows RadiT only"),
+    (["--init", "weights/demo"], "--init knows RadiT only")])
+def test_what_it_does_not_have_is_refused(command, tmp_path, more, message):
+    phantom.write_source(tmp_path / "data", 12)
+    status, _, errors = command("train.py", "radit", "--model", "radunet", "--data", tmp_path / "data", "--pixels",
+                                "--out", tmp_path / "run", *more)
+    assert status == 2 and message in errors and errors.count("\n") == 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import radit
+from baselines import radunet
 from common import cli
 from encoders.perceptual import PUBLISHED_WEIGHT
 from training.log import LOGGERS
@@ -72,13 +73,15 @@ def add_radit_options(p):
     p.add_argument("--init", type=Path, help="fine-tune these weights: a folder that holds radit/, or a name on the Hub")
     p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), help="with --init: train adapters of this rank only")
     p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
-    p.add_argument("--size", choices=radit.SIZES, help="see python radit.py; B if not given")
+    p.add_argument("--model", choices=("radit", "radunet"), default="radit", help="RadiT, or the paper's baseline")
+    p.add_argument("--size", choices=tuple(radit.SIZES | radunet.SIZES),
+                   help="see python radit.py and python -m baselines.radunet; B if not given")
     space = p.add_mutually_exclusive_group(required=True)
     space.add_argument("--latents", type=Path, help="made by python -m autoencoder encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
     p.add_argument("--patch", type=cli.integer(1, 4096),
-                   help="with --pixels: side of a token in pixels, 16 if not given")
+                   help="with --pixels: side of a token in pixels, 16 (radunet: 8) if not given")
     p.add_argument("--prediction", choices=("velocity", "data"),
                    help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
     p.add_argument("--shift", type=cli.number(0.01, 100),
