@@ -75,7 +75,8 @@ def parse_form(body, cfg):
         kinds = (int, float) if name == "guidance" else (int,)
         if type(form[name]) not in kinds or not low <= form[name] <= high:  # NaN is in no range; true is not a number
             kind = "number" if float in kinds else "whole number"
-            raise InputError(f"{name} {str(form[name])[:40]} is not a {kind} from {low} to {high}")
+            text = " ".join(str(form[name]).split())[:40]
+            raise InputError(f"{name} {text} is not a {kind} from {low} to {high}")
     if any(type(value) not in (str, int, float) for value in form["metadata"].values()):
         raise InputError("metadata: field to value, each a text or a number")
     record = {field: fields.parse_value(field, value, cfg.datasets) for field, value in form["metadata"].items()}

@@ -3,6 +3,7 @@ import json
 import math
 import re
 
+import fuzz_json
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -167,6 +168,12 @@ def test_a_file_that_is_no_json_object_is_one_line(tmp_path, command, content):
         status, _, errors = command("study", "score", "1.json", "--key", "key.json", "--out", "score", cwd=tmp_path)
         assert status == 2 and damaged in errors and len(errors.splitlines()) == 1 and len(errors) < 400
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "key.json"]
+
+
+@pytest.mark.parametrize("n, seed", [(200, 0), pytest.param(20_000, 1, marks=pytest.mark.slow)])
+def test_changed_files_are_taken_or_refused_in_one_line(tmp_path, n, seed):
+    outcomes = fuzz_json.run(n, seed, tmp_path)
+    assert min(outcomes.values()) > n / 50 and len(outcomes) == 6    # neither harmless nor always refused
 
 
 # --- the numbers ----------------------------------------------------------------------------------------
