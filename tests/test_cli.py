@@ -160,6 +160,7 @@ def test_as_many_threads_as_cores_are_idle(monkeypatch, capsys, idle, threads):
     monkeypatch.setattr(cli, "idle_seconds", lambda: next(clock))
     monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    cli.use_idle_cores.cache_clear()                                 # it decides once a process
     cli.use_idle_cores()
     assert set_to[-1] == threads
     assert ("of 4 threads" in capsys.readouterr().err) == (threads < 4)
@@ -168,6 +169,7 @@ def test_as_many_threads_as_cores_are_idle(monkeypatch, capsys, idle, threads):
 def test_the_user_s_number_of_threads_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
+    cli.use_idle_cores.cache_clear()                                 # it decides once a process
     cli.use_idle_cores()
 
 
