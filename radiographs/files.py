@@ -59,7 +59,7 @@ class Download:
     def tables(self, pattern):
         """The tables of that name, as such or with .gz, a later release after an earlier. Parts of downloads,
         archives and hidden files bear other endings or begin with a dot."""
-        paths = [Path(file) for file in self.files]
+        paths = [Path(file) for file in self.files if file.endswith((".csv", ".csv.gz", ".json", ".txt"))]
         paths = [path for path in paths if fnmatch.fnmatchcase(path.name.removesuffix(".gz"), pattern)
                  and not path.name.startswith(".") and path.is_file()]
         return sorted(paths, key=lambda path: (path.name.removesuffix(".gz"), path.suffix != ".gz", path))
@@ -89,7 +89,9 @@ class Download:
     def image(self, relative, parts=1):
         """One of images(), as a Path, or None: one of a folder called "images", or the first."""
         files = self.images(relative, parts)
-        return self.take(sorted(files, key=lambda file: Path(file).parent.name != "images"), relative)
+        if len(files) > 1:
+            files.sort(key=lambda file: Path(file).parent.name != "images")
+        return self.take(files, relative)
 
     def take(self, files, relative):
         """The first of the files that were found for a path, as a Path, or None; remembers what was found."""
