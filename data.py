@@ -202,8 +202,8 @@ class Radiographs(torch.utils.data.Dataset):
         self.records, sizes = [], {}
         for root in map(Path, folders):
             records = [record | {"path": root / record["path"]} for record in read_index(root)]
-            with Image.open(records[0]["path"]) as first:
-                sizes[str(root)] = first.size
+            _, height, width = load_image(records[0]["path"]).shape
+            sizes[str(root)] = width, height
             self.records += [record for record in records if split in (None, record["split"])]
         if len(set(sizes.values())) > 1:
             raise InputError("prepared at different sizes: "

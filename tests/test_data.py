@@ -147,6 +147,13 @@ def test_folder_with_an_index_keeps_what_it_says(tmp_path):
         data.Radiographs([tmp_path / "out"], "test")
 
 
+def test_a_damaged_first_image_is_named(tmp_path):
+    write_index(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"some text")
+    with pytest.raises(InputError, match="a.png: damaged, or no grey picture"):
+        data.Radiographs([tmp_path])
+
+
 def test_sources_of_different_sizes_do_not_mix(tmp_path):
     for name, size in (("a", 64), ("b", 96)):
         (tmp_path / name).mkdir()
