@@ -17,6 +17,7 @@ from common.cli import InputError, RunError
 from training import checkpoint
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_no_checkpoint_is_unreadable_and_no_image_is_missed(tmp_path):
     """A run that saves in every step is killed at random times until it is done. Every checkpoint it leaves can be
     read; each step sees the images that it would have seen; every epoch sees each image once; and the end is that of a
@@ -192,6 +193,7 @@ def export_and_measure(run, out, pipe):
     pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+@pytest.mark.slow
 def test_export_needs_less_memory_than_the_optimizer_state(tmp_path):
     """24 tensors of 4 MB: model and EMA have 96 MB each, the moments 192. Bfloat16 weights are held, twice while their
     file is written, and one tensor: 100 MB. The EMA in float32 and its file would make 192 already."""

@@ -66,7 +66,8 @@ def identical(a, b):
 @pytest.mark.parametrize("world, changes, how", [
     (2, {}, {}), (2, {}, {"sharded": True}),
     (0, {"accumulate": 4}, {"recomputed": True}),
-    (2, {"accumulate": 2}, {"sharded": True, "recomputed": True})], ids=["ddp", "fsdp", "accumulate", "all"])
+    pytest.param(2, {"accumulate": 2}, {"sharded": True, "recomputed": True}, marks=pytest.mark.slow)],
+    ids=["ddp", "fsdp", "accumulate", "all"])
 def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
     assert set(job.run(world, "radit", config(**changes), tmp_path / "run", **how)) == {0}
     same(tmp_path / "run", one, 1e-4)
@@ -80,6 +81,7 @@ def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_each_layout_continues_what_another_began(one, tmp_path):
     """One process begins, two with FSDP continue, two with DDP, one finishes."""
     out = tmp_path / "run"
@@ -92,7 +94,7 @@ def test_each_layout_continues_what_another_began(one, tmp_path):
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [{}, {"sharded": True}], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
 def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, how):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert job.run(2, "radit", config(), whole, **how) == [0, 0]
@@ -132,6 +134,7 @@ def test_the_job_ends_when_a_process_dies_or_hangs(tmp_path, number, timeout):
     second.join()
 
 
+@pytest.mark.slow
 def test_the_running_statistics_are_of_the_whole_batch(tmp_path):
     for name, world, changes in (("one", 0, {}), ("two", 2, {}), ("four", 2, {"accumulate": 2})):
         assert set(job.run(world, "vae", config(images=48, save_every=6, **changes), tmp_path / name)) == {0}
@@ -145,6 +148,7 @@ def test_the_running_statistics_are_of_the_whole_batch(tmp_path):
     assert expected["model.bn.num_batches_tracked"] == 6             # steps
 
 
+@pytest.mark.slow
 def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
     """FSDP's bfloat16 weights are what autocast makes of DDP's float32 ones; moments and EMA stay float32."""
     cfg = config(images=64, save_every=8)
@@ -200,6 +204,7 @@ def test_the_command_line_refuses_before_it_writes(command, tmp_path):
         assert status == 2 and message in errors.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_itself(phantoms, tmp_path):
     """SIGTERM to torchrun reaches the processes, which save; the same command continues; a killed process ends it
     all."""
@@ -260,6 +265,7 @@ def bf16_is_used():
 NEEDS_BF16 = pytest.mark.skipif(not bf16_is_used(), reason="no bfloat16 units")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=NEEDS_BF16)])
 def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monkeypatch, bf16):
     device = parallel.pick_device()[0]

@@ -97,6 +97,14 @@ def test_a_killed_run_continues_with_the_same_losses(few_phantoms, tmp_path, nam
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
+def test_what_the_first_process_refuses_is_refused_by_all_processes(few_phantoms, tmp_path):
+    """It alone reads the index; nobody waits for it in vain."""
+    assert job.run(2, "command", radit_options(few_phantoms, 8, "--patch", "5"), tmp_path / "run") == [2, 2]
+    assert job.run(2, "command", radit_options(tmp_path / "nowhere", 8), tmp_path / "run") == [2, 2]
+    with cli.locked(tmp_path / "run"):
+        assert job.run(2, "command", radit_options(few_phantoms, 8), tmp_path / "run") == [2, 2]
+
+
 def test_another_configuration_does_not_resume(few_phantoms, tmp_path, command, tiny):
     status, output, _ = command("train.py", *radit_options(few_phantoms, 8), "--out", tmp_path / "run")
     assert status == 0 and "first step done after" in output and "min left" in output
@@ -352,6 +360,7 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_perceptual_term_teaches_and_measures(phantoms, tmp_path, command):
     encoder = ["--encoder", ROOT / "weights/demo/classifier"]
     for name, more in (("without", []), ("measured", [*encoder, "--perceptual-weight", "0"]), ("taught", encoder)):
