@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from transformer import arguments, build, conditions, now, peak_memory, ratio, seconds, spread, take_turns
 
 import flow
