@@ -1,12 +1,13 @@
-"""How good are weights trained on few images? Every measure here, beside what the same measure gives for real images and for
-pictures that are wrong in known ways, in one run.
+"""How good are weights trained on few images? Every measure of this project, beside what it gives for real images and
+for images that are wrong in known ways, in one run.
 
-    python benchmarks/fidelity.py --data PREPARED... [--weights weights/demo] [--encoder weights/demo/classifier] [--seed 0]
+    python benchmarks/fidelity.py --data PREPARED... [--weights weights/demo] [--encoder weights/demo/classifier]
+    [--seed 0]
 
-The held-out real images (splits valid and test) are halved by patient. Half A is the reference. Against it, each N = |B|:
-half B itself, the best that can be had; synthetic images asked for B's metadata; B as the VAE returns it; B blurred; the mean
-training image of each of B's data sets and views, a picture that is typical and no radiograph. Then control: what the
-classifier sees in the synthetic images of what was asked, beside what it sees in B. Then memorisation.
+The held-out real images (splits valid and test) are halved by patient. Half A is the reference. Against it, each N =
+|B|: half B itself, the best that can be had; synthetic images with B's metadata; B as the VAE returns it; B blurred;
+the mean training image of each of B's data sets and views, which is typical and no radiograph. Then control: what the
+classifier sees in the synthetic images of what was asked for, beside what it sees in B. Then memorisation.
 """
 import argparse
 import os
@@ -47,8 +48,8 @@ def blurred(images, sigma=2.0):
 
 
 def halves(folders, seed):
-    """The held-out real images (splits valid and test): their records, images (N, 1, H, W), and the rows of halves A and B. No
-    patient is in both."""
+    """The held-out real images (splits valid and test): their records, images (N, 1, H, W), and the rows of halves A
+    and B. No patient is in both."""
     splits = [data.Radiographs(folders, split) for split in ("valid", "test")]
     records = [record for split in splits for record in split.records]
     images = torch.stack([image for split in splits for image in split])
@@ -58,17 +59,26 @@ def halves(folders, seed):
     return records, images, a, b
 
 
+def mean_images(training, records):
+    """For each record the mean training image of its data set and view: (N, 1, H, W)."""
+    groups = {}
+    for record, image in zip(training.records, training):
+        groups.setdefault((record["dataset"], record.get("view")), []).append(image)
+    means = {group: torch.stack(members).mean(0) for group, members in groups.items()}
+    return torch.stack([means[record["dataset"], record.get("view")] for record in records])
+
+
 def known(record):
     return {field: value for field, value in record.items() if field in fields.FIELDS}
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources the weights were trained on")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="the sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0)
     args = parser.parse_args()
     model, decoder = sample.load_weights(args.weights)
     encoder, judge = raddino.load_encoder(args.encoder), classifier.load(classifier.DEMO)
@@ -76,52 +86,51 @@ def main():
     records, images, a, b = halves(args.data, args.seed)
     asked = fields.only_covered([known(records[i]) for i in b], model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
-    with tqdm(desc="drawing", unit="step", total=-(-len(b) // 16) * 25) as bar:
-        drawn, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
-    sums = {}
-    for record, image in zip(training.records, training):
-        total = sums.setdefault((record["dataset"], record.get("view")), [0, 0])
-        total[0], total[1] = total[0] + image, total[1] + 1
-    means = torch.stack([(lambda s, n: s / n)(*sums[records[i]["dataset"], records[i].get("view")]) for i in b])
-    candidates = {"real, the other half": images[b], "synthetic": drawn}
+    with tqdm(desc="sampling", unit="step", total=-(-len(b) // 16) * 25) as bar:
+        synthetic, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
+    candidates = {"real, the other half": images[b], "synthetic": synthetic}
     if decoder:
-        candidates["real, through the VAE"] = torch.cat([decoder.decode(decoder.encode(x)[0]) for x in images[b].split(16)])
-    candidates |= {"real, blurred (sigma 2 pixels)": blurred(images[b]), "mean image of data set and view": means}
+        returned = [decoder.decode(decoder.encode(x)[0]) for x in images[b].split(16)]
+        candidates["real, through the VAE"] = torch.cat(returned)
+    candidates["real, blurred (sigma 2 pixels)"] = blurred(images[b])
+    candidates["mean image of data set and view"] = mean_images(training, [records[i] for i in b])
 
     reference = features(images[a], encoder)
-    print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), encoder {os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
-          f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, seed {args.seed}, "
-          f"25 Euler steps, guidance 2")
-    print(f"{'':34}" + "".join(f"{m:>18}" for m in ("FDD", "KDD", "precision", "recall", "density", "coverage")))
+    print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), encoder "
+          f"{os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
+          f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, seed {args.seed}, 25 Euler steps, guidance 2")
+    print(f"{'':34}" + "".join(f"{name:>19}" for name in metrics.MEASURES))
     for name, pictures in candidates.items():
-        row = metrics.compare(reference, features(pictures, encoder), 5, None, args.seed)
-        print(f"{name:34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*value):>18}" for value in row.values()))
+        row = metrics.compare(reference, features(pictures, encoder), seed=args.seed)
+        print(f"{name:34}" + "".join(f"{metrics.format_value(*row[measure]):>19}" for measure in metrics.MEASURES))
 
     with tempfile.TemporaryDirectory() as folder:
-        how, names = sample.provenance(args.weights, steps=25, solver="euler", guidance=2.0), [f"{i:04}" for i in range(len(b))]
+        settings = sample.provenance(args.weights, steps=25, solver="euler", guidance=2.0)
+        names = [f"{i:04}" for i in range(len(b))]
         (Path(folder) / "images").mkdir()
-        for item in zip(names, drawn, asked, seeds):
-            sample.write_image(Path(folder), *item, how)
-        sample.write_tables(Path(folder), names, asked, seeds, how)
+        for item in zip(names, synthetic, asked, seeds):
+            sample.write_image(Path(folder), *item, settings)
+        sample.write_tables(Path(folder), names, asked, seeds, settings)
         shown = classifier.Labelled([folder], None, judge.config.datasets)
-        synthetic = classifier.measure(shown, classifier.predict(judge, shown), judge.config)
+        seen_in_synthetic = classifier.measure(shown, classifier.predict(judge, shown), judge.config)
     held_out = classifier.Labelled(args.data, None, judge.config.datasets)
-    of = {record["path"]: i for i, record in enumerate(held_out.images.records)}
-    real = classifier.measure(held_out, classifier.predict(judge, held_out), judge.config, np.array([of[records[i]["path"]] for i in b]))
+    row_of = {record["path"]: i for i, record in enumerate(held_out.images.records)}
+    rows = np.array([row_of[records[i]["path"]] for i in b])
+    seen_in_real = classifier.measure(held_out, classifier.predict(judge, held_out), judge.config, rows)
     print(f"\nControl: what {classifier.DEMO.name} ({hub.fingerprint(classifier.DEMO)}) sees of what was asked; "
           f"AUROC, accuracy or mean error in years, with the 95 % interval")
     print(f"{'':40}{'asked':>8}{'positive':>10}{'real, half B':>28}{'synthetic':>28}")
-    for r, s in zip(real, synthetic):
+    for r, s in zip(seen_in_real, seen_in_synthetic):
         cells = []
         for row in (r, s):
             value = row.get("auroc", row.get("accuracy", row.get("mae")))
-            cells.append("{:.3f} ({:.3f} to {:.3f})".format(value, *row["interval"]) if "interval" in row else "one class only")
+            span = " ({:.3f} to {:.3f})".format(*row["interval"]) if "interval" in row else ""
+            cells.append(f"{value:.3f}{span}" if span else "one class only")
         print(f"{r['field'] + ' ' + r['value']:40}{r['n']:8}{r.get('positives', ''):>10}{cells[0]:>28}{cells[1]:>28}")
 
     seen = features(torch.stack(list(training)), encoder)
-    print(f"\nDistance to the nearest of {len(seen)} training images, in the encoder's features")
-    for who, row in metrics.memorisation(features(images, encoder), features(drawn, encoder), seen).items():
-        print(f"{who:20}" + "".join(f"   {name} {value:.4f}" for name, value in row.items()))
+    table = metrics.memorisation(features(images, encoder), features(synthetic, encoder), seen)
+    metrics.print_memorisation(table, len(seen), 0)  # data.py keeps a patient in one split, so none is left out
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     pip install torchmetrics prdc
     python benchmarks/metrics.py [--n 5000 50000] [--width 768] [--rounds 3]
 
-Every measurement runs alone in a process of its own; peak memory is that process's, the features and the library included.
-A peer whose own matrices would not fit into half of this machine's memory is not run and says so.
+Every measurement runs alone in a process of its own; peak memory is that process's, with the features and the
+library. A peer whose own matrices would not fit into half of this machine's memory is not run, and the table says so.
+PRDC is timed without its standard errors, which the peer does not have.
 """
 import argparse
 import importlib
@@ -46,7 +47,7 @@ def peer_prdc(x, y):
     return list(importlib.import_module("prdc").compute_prdc(x.numpy(), y.numpy(), nearest_k=5).values())
 
 
-def both_moments(x, y):
+def both_gaussians(x, y):
     return *metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y)
 
 
@@ -54,14 +55,20 @@ def features(x, y):
     return x, y
 
 
-# measure: (what is made ready before the clock starts, {who: function}, bytes that the peer's own matrices take at N images)
+def our_kernel_distance(x, y):
+    return metrics.kernel_distance(x, y)[0]
+
+
+def our_prdc(x, y):
+    return metrics.shares(x, y, 5).tolist()
+
+
+# measure: (what is made ready before the clock starts, {who: function}, matrices of N x N that the peer holds)
 ROUTES = {
-    "Fréchet, of moments": (both_moments, {"metrics.py": metrics.frechet, "scipy sqrtm": sqrtm, "torchmetrics": torchmetrics_fid},
-                            lambda n: 0),
-    "kernel distance": (features, {"metrics.py": lambda x, y: metrics.kernel_distance(x, y)[0], "torchmetrics": torchmetrics_mmd},
-                        lambda n: 3 * 8 * n * n),
-    "PRDC": (features, {"metrics.py": lambda x, y: [v for v, _ in metrics.prdc(x, y).values()], "prdc": peer_prdc},
-             lambda n: 3 * 8 * n * n)}
+    "Fréchet": (both_gaussians,
+                {"metrics.py": metrics.frechet, "scipy sqrtm": sqrtm, "torchmetrics": torchmetrics_fid}, 0),
+    "kernel distance": (features, {"metrics.py": our_kernel_distance, "torchmetrics": torchmetrics_mmd}, 3),
+    "PRDC": (features, {"metrics.py": our_prdc, "prdc": peer_prdc}, 3)}
 
 
 def measure(job):
@@ -77,20 +84,21 @@ def measure(job):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, nargs="+", default=[5000, 50000])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest counts; one above 10,000 images")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=cli.positive, nargs="+", default=[5000, 50000])
+    parser.add_argument("--width", type=cli.positive, default=768)
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="the fastest counts; one above 10,000 images")
     args = parser.parse_args()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     context = multiprocessing.get_context("spawn")
     for n in args.n:
-        for name, (_, functions, need) in ROUTES.items():
+        for name, (_, functions, matrices) in ROUTES.items():
+            need = matrices * 8 * n * n
             ours = None
             for who in functions:
                 head = f"N {n:6,}  {name:21}{who:14}"
-                if who != "metrics.py" and need(n) > memory / 2:
-                    print(f"{head}not run: its matrices take {need(n) / 2**30:.0f} GiB", flush=True)
+                if who != "metrics.py" and need > memory / 2:
+                    print(f"{head}not run: its matrices take {need / 2**30:.0f} GiB", flush=True)
                     continue
                 runs = []
                 for _ in range(args.rounds if n <= 10_000 else 1):
@@ -99,7 +107,8 @@ def main():
                 seconds, peak, value = min(runs)
                 ours = ours or seconds
                 value = ", ".join(f"{v:.6g}" for v in (value if isinstance(value, list) else [value]))
-                print(f"{head}{seconds:9.2f} s, {peak:7.0f} MiB, {seconds / ours:6.2f} times ours; value {value}", flush=True)
+                print(f"{head}{seconds:9.2f} s, {peak:7.0f} MiB, {seconds / ours:6.2f} times ours; value {value}",
+                      flush=True)
 
 
 if __name__ == "__main__":
