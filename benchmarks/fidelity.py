@@ -98,7 +98,8 @@ def main():
     reference = features(images[a], encoder)
     print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), encoder "
           f"{os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
-          f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, seed {args.seed}, 25 Euler steps, guidance 2")
+          f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, "
+          f"seed {args.seed}, 25 Euler steps, guidance 2")
     print(f"{'':34}" + "".join(f"{name:>19}" for name in metrics.MEASURES))
     for name, pictures in candidates.items():
         row = metrics.compare(reference, features(pictures, encoder), seed=args.seed)
