@@ -21,7 +21,6 @@ import json
 import math
 import random
 import re
-from pathlib import Path
 
 import huggingface_hub
 
@@ -30,16 +29,20 @@ from autoencoder.load import FILES
 from common import cli
 from common.cli import InputError, RunError
 from radiographs import fields
+from radit import RadiT
 
-MODEL = ("config.json", "model.safetensors")
-PARTS = {"radit": MODEL, "vae": ("config.json", "lora.json", "lora.safetensors", *FILES), "causal": MODEL,
+MODEL, ADAPTERS = ("config.json", "model.safetensors"), ("lora.json", "lora.safetensors")
+PARTS = {"radit": MODEL + ADAPTERS, "radunet": MODEL, "vae": ("config.json", *FILES, *ADAPTERS), "causal": MODEL,
          "classifier": MODEL}
 EXAMPLES = 64
 
 
-def examples_of(covered, count=EXAMPLES, seed=0):
+def examples_of(covered, pairs, count=EXAMPLES, seed=0):
     """`count` records that are nobody's: each field is chosen on its own, by how many training images held each
-    value, or none. covered: {field: {value: count}} and age: [least, most], as in radit/config.json.
+    value, or none; a value that no training image held together with those before it is left out.
+
+    covered   {field: {value: count}} and age: [least, most], as in radit/config.json
+    pairs     as fields.count_pairs makes it; {} in older weights, which do not say
 
     The age is anywhere between the least and the most, in the middle of a year, so that no record can be a row of an
     index whose ages are whole years.
@@ -56,8 +59,17 @@ def examples_of(covered, count=EXAMPLES, seed=0):
         if "age" in covered:
             low, high = covered["age"]
             record["age"] = min(max(math.floor(rng.uniform(low, high)) + 0.5, low), high)
-        records.append(fields.resolve_labels(fields.drop_unknown(record)))
+        records.append(only_together(fields.resolve_labels(fields.drop_unknown(record)), pairs))
     return fields.only_covered(records, covered)
+
+
+def only_together(record, pairs):
+    """The record without a value that no training image held together with those before it."""
+    kept = {}
+    for field, value in record.items():
+        if not fields.never_together(kept | {field: value}, pairs):
+            kept[field] = value
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -113,6 +125,7 @@ def model_card(repository, model, licence=None, metrics=None, notes=""):
     """The README.md of a repository on the Hub: a YAML header and the sections named above."""
     config, size = model.config, sum(parameter.numel() for parameter in model.parameters())
     grid = f"{config.grid[0]}x{config.grid[1]} {'latent cells' if config.vae else 'pixels'}"
+    depth = f", depth {config.depth}" if isinstance(model, RadiT) else ""
     return f"""---
 license: {licence or "other"}
 pipeline_tag: unconditional-image-generation
@@ -126,7 +139,7 @@ tags:
 
 # {repository}
 
-A RadiT of {size:,} parameters (width {config.width}, depth {config.depth}, {grid}) that samples synthetic chest
+A {type(model).__name__} of {size:,} parameters (width {config.width}{depth}, {grid}) that samples synthetic chest
 radiographs from up to 19 metadata fields, after arXiv 2606.19460. Made with the code *RadiT, in the open*.
 
     python sample.py --weights {repository}
@@ -169,13 +182,20 @@ def read_notes(folder):
     return text, [folder / name for name in dict.fromkeys(shown) if (folder / name).is_file()]
 
 
+def part_of(folder):
+    """The part that holds the model, as sample.load_weights takes it: radit, or the baseline; None if neither is
+    there."""
+    return next((part for part in ("radit", "radunet") if (folder / part / "config.json").is_file()), None)
+
+
 def files_of(folder, model):
     """{path in the repository: a file or its bytes} of the models in `folder`, whose radit/ is `model`. Nothing else
     that lies there is published."""
     files = {f"{part}/{name}": folder / part / name
              for part, names in PARTS.items() for name in names if (folder / part / name).is_file()}
-    config = dataclasses.asdict(model.config) | {"examples": examples_of(model.config.covered)}
-    files["radit/config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    examples = examples_of(model.config.covered, model.config.pairs)
+    config = dataclasses.asdict(model.config) | {"examples": examples}
+    files[f"{part_of(folder)}/config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return files
 
 
@@ -218,13 +238,13 @@ def add_arguments(parser):
 def push_command(args):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository, re.ASCII):
         raise InputError(f"{args.repository!r}: not of the form ORG/NAME, in letters, digits, '-', '_' and '.'")
-    folder = args.weights / "weights" if (args.weights / "weights/radit").is_dir() else Path(args.weights)
-    if not (folder / "radit").is_dir():
+    folder = args.weights / "weights" if part_of(args.weights / "weights") else args.weights
+    if not part_of(folder):
         raise InputError(f"{args.weights}: no radit/ and no weights/radit/ in it, so there is nothing to publish")
     metrics = cli.read_json(args.metrics) if args.metrics else None
     model, _ = sample.load_weights(folder)
     address = push(folder, args.repository, model, args.license, metrics)
     if model.config.examples:
-        print(f"the {len(model.config.examples)} examples of metadata in radit/config.json, which can be rows of the "
+        print(f"the {len(model.config.examples)} examples of metadata in config.json, which can be rows of the "
               "training data, are replaced in what is published; your own file stays as it is")
     print(address)

@@ -11,6 +11,7 @@ import yaml
 import radit
 import sample
 import vae
+from baselines import radunet
 from common import hub
 from conftest import ROOT
 from radiographs import fields
@@ -95,7 +96,7 @@ def test_no_row_of_the_training_data_is_published(run, tmp_path, push):
     """The config's examples are rows of an index here, as those of older trainings are; none of them leaves."""
     before = (run / "weights/radit/config.json").read_text()
     output = push(run, "org/safe")
-    assert "the 64 examples of metadata in radit/config.json" in output and "are replaced" in output
+    assert "the 64 examples of metadata in config.json" in output and "are replaced" in output
     served = tmp_path / "served/org/safe"
     published = json.loads((served / "radit/config.json").read_text())
     assert len(published["examples"]) == 64 and not [row for row in published["examples"] if row in ROWS]
@@ -123,7 +124,7 @@ def test_the_demo_weights_leave_without_their_training_rows(tmp_path, push):
 def test_examples_have_the_counts_frequencies_and_belong_to_nobody():
     covered = {"dataset": {"own": 1000}, "sex": {"female": 600, "male": 200}, "view": {"PA": 500}, "age": [20.0, 60.0],
                "edema": {"positive": 100}}
-    records = publish.examples_of(covered, count=20_000)
+    records = publish.examples_of(covered, {}, count=20_000)
     shares = {name: np.mean([name in (f"{field}={value}" for field, value in record.items()) for record in records])
               for name in ("dataset=own", "sex=female", "sex=male", "view=PA", "edema=positive")}
     assert shares == pytest.approx({"dataset=own": 1, "sex=female": 0.6, "sex=male": 0.2, "view=PA": 0.5,
@@ -133,7 +134,32 @@ def test_examples_have_the_counts_frequencies_and_belong_to_nobody():
     assert ages.mean() == pytest.approx(40, abs=0.5)
     together = np.mean([record.get("sex") == "female" and record.get("view") == "PA" for record in records])
     assert together == pytest.approx(0.3, abs=0.02)                  # each on its own
-    assert publish.examples_of(covered) == publish.examples_of(covered) and publish.examples_of({}, count=2) == [{}, {}]
+    assert publish.examples_of(covered, {}) == publish.examples_of(covered, {})
+    assert publish.examples_of({}, {}, count=2) == [{}, {}]
+
+
+def test_examples_hold_no_two_values_that_no_training_image_held_together():
+    rows = [{"dataset": "kermany", "view": "AP", "age": 3.0}, {"dataset": "own", "view": "PA", "age": 70.0}] * 50
+    covered, pairs = fields.coverage(rows), fields.count_pairs(rows)
+    records = publish.examples_of(covered, pairs, count=500)
+    assert not any(fields.never_together(record, pairs) for record in records)
+    assert any(fields.never_together(record, pairs) for record in publish.examples_of(covered, {}, count=500))
+    assert {record["dataset"] for record in records if "dataset" in record} == {"kermany", "own"}
+
+
+def test_the_baseline_and_adapters_are_published_too(run, tmp_path, push):
+    config = radunet.RadUNetConfig(channels=1, grid=(32, 32), patch=8, width=64, multiples=(1, 2), blocks=1,
+                                   attending=1, covered={"sex": {"female": 2, "male": 2}}, examples=ROWS[:2])
+    hub.save_model(radunet.RadUNet(config), tmp_path / "runs/unet/weights/radunet")
+    push(tmp_path / "runs/unet", "org/unet")
+    served = tmp_path / "served/org/unet"
+    published = json.loads((served / "radunet/config.json").read_text())["examples"]
+    assert published and not [row for row in published if row in ROWS]
+    assert "A RadUNet of" in (served / "README.md").read_text()
+    model, _ = sample.load_weights(run / "weights")
+    for part in ("radit", "vae"):
+        (run / "weights" / part / "lora.safetensors").write_text("adapters")
+    assert {"radit/lora.safetensors", "vae/lora.safetensors"} <= set(publish.files_of(run / "weights", model))
 
 
 def test_a_card_beside_the_weights_is_kept(run, tmp_path, push):
