@@ -1,12 +1,13 @@
-"""The causal model at the paper's scale: 1.2 million records, fitted on a CPU; time, memory, and distance from the truth.
+"""The causal model at the paper's scale: 1.2 million records, fitted on a CPU; time, memory, and distance from the
+truth.
 
     python benchmarks/causal.py [--n 1205494] [--steps 8000] [--seed 0]
 
-The records are drawn, not real: dataset, sex, race and view as often as the paper says, age about 58 (the paper gives no
-distribution), each finding logistic in its parents of the paper's graph with log-odds drawn at random, its intercept such
-that it is positive as often as the paper says among the rows that know it. Then every value is hidden at random as often
-as the paper says it is unknown. So the truth is known: the table compares each mechanism with it, given all parents and as a
-marginal of drawn patients. Nothing about real radiographs follows from these numbers.
+The records are drawn, not real: dataset, sex, race and view as often as the paper says, age about 58 (the paper gives
+no distribution), each finding logistic in its parents of the paper's graph with log-odds drawn at random, its
+intercept such that it is positive as often as the paper says among the rows that know it. Then every value is hidden
+at random as often as the paper says it is unknown. So the truth is known: the table compares each mechanism with it,
+given all parents and as a marginal of drawn patients. Nothing about real radiographs follows from these numbers.
 """
 import argparse
 import resource
@@ -41,7 +42,7 @@ def log_odds(name, columns, weights):
     return total
 
 
-def draw(n, rng):
+def make_records(n, rng):
     """True classes {variable: (N,) float} in topological order, and {finding: (N,) true chance of positive}."""
     weights = {(child, parent): 1.2 * torch.randn((), generator=rng) for child in LABELS for parent in GRAPH[child]}
     columns, chances = {}, {}
@@ -70,15 +71,15 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(args.seed)
-    columns, chances = draw(args.n, rng)
+    columns, chances = make_records(args.n, rng)
     names = list(columns)
     whole = torch.stack([columns[name] for name in names], 1).short()             # N M
     rates = [sum(ROOTS.get(name, LABELS.get(name, (TOTAL,)))) / TOTAL for name in names]
     known = torch.rand(whole.shape, generator=rng) < torch.tensor(rates)
     classes = torch.where(known, whole, torch.tensor(-1, dtype=torch.int16))
     config = mechanisms.CausalConfig(GRAPH, {}, rows=args.n)
-    full = torch.full((args.n, len(patients.COLUMNS)), -1, dtype=torch.int16)
-    full[:, [patients.COLUMNS.index(name) for name in names]] = classes
+    full = torch.full((args.n, len(patients.CLASS_COLUMNS)), -1, dtype=torch.int16)
+    full[:, [patients.CLASS_COLUMNS.index(name) for name in names]] = classes
     config.shares = patients.count_shares(full, config, names)
     start, cpu = time.perf_counter(), time.process_time()
     model = mechanisms.fit(classes, config, args.steps, seed=args.seed, progress=True)
@@ -89,7 +90,8 @@ def main():
     drawn = patients.sample(model, 20_000, seed=args.seed)
     print(f"20,000 patients drawn in {time.perf_counter() - start:.0f} s")
     shown = model.show(whole[:5000].double() + 0.5)                  # 5,000 true rows, with all parents
-    print(f"{'finding':28}{'known':>10}{'with all parents':>18}   positive: true   drawn   error of p(positive | parents)")
+    print(f"{'finding':28}{'known':>10}{'with all parents':>18}   positive: true   drawn   "
+          "error of p(positive | parents)")
     for name in LABELS:
         i = names.index(name)
         parents = [names.index(parent) for parent in GRAPH[name]]

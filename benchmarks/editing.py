@@ -4,16 +4,18 @@
 
 composition     nothing is changed: how far is the result from the original, beside the VAE's own reconstruction?
 effectiveness   the embedded classifier's probability of the value asked for, before, after, and in real images that have it;
-                `flipped`: of the images in which it saw another value, the share in which it sees this one; for age, years
+                `flipped`: of the images in which it saw another value, the share in which it sees this one; for age,
+                years
 minimality      how far its other answers move (total variation of each field's probabilities, averaged; years for age), and
-                how far the pixels do: all of them, and those outside the region where the change belongs. Regions are boxes,
-                the same for every image, generous, in shares of its side: the heart's, and for an effusion the lower half
-                of the thorax. A view, an age, a sex has none.
+                how far the pixels do: all of them, and those outside the region where the change belongs. Regions are
+                boxes, the same for every image, generous, in shares of its side: the heart's, and for an effusion the
+                lower half of the thorax. A view, an age, a sex has none.
 reversibility   there and back again: how far from the first reconstruction? On the first half of the images.
 
-RMS is in grey levels of 0 to 255. "Before" is the VAE's reconstruction, so that the VAE's blur does not count as a change.
-The judge was trained on the training images of the same data: it knows the same confounders as the weights (sick people lie,
-AP; the children's set has the pneumonia), and a change that fools it need not convince a radiologist.
+RMS is in grey levels of 0 to 255. "Before" is the VAE's reconstruction, so that the VAE's blur does not count as a
+change. The judge was trained on the training images of the same data: it knows the same confounders as the weights
+(sick people lie, AP; the children's set has the pneumonia), and a change that fools it need not convince a
+radiologist.
 """
 import argparse
 import itertools
@@ -49,8 +51,8 @@ REGIONS = {"cardiomegaly": (.4, .85, .25, .9), "pleural effusion": (.5, 1, 0, 1)
 
 @torch.no_grad()
 def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, steps=6, seed=None):
-    """The baselines: guidance that amplifies every field, from the image's own noise; with a seed from fresh noise at 1 - depth
-    (SDEdit, Meng et al. 2022)."""
+    """The baselines: guidance that amplifies every field, from the image's own noise; with a seed from fresh noise at
+    1 - depth (SDEdit, Meng et al. 2022)."""
     x, end = edit.encode(model, decoder, images)                     # N C h w
     times = end * (1 - depth * (1 - flow.time_grid(steps, model.config.shift)))
     seen = edit.conditions(model, factual)
@@ -103,7 +105,8 @@ def rms(a, b, region=None):
 
 @torch.no_grad()
 def ask(judge, images):
-    """Predicted age (N,) and {field: probabilities (N, values)}, of the fields whose values the judge can tell apart."""
+    """Predicted age (N,) and {field: probabilities (N, values)}, of the fields whose values the judge can tell
+    apart."""
     return classifier.predict(judge, list(images))
 
 

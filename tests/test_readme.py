@@ -17,7 +17,8 @@ TRAIN = ["--images", "32", "--batch", "8", "--log-every", "2", "--save-every", "
 QUICK_BENCHMARK = ["--grid", "2", "--batch", "1", "--steps", "1", "--warmup", "1", "--rounds", "1"]
 # What each command gets in addition, so that it takes seconds.
 SMALLER = {"train.py vae": TRAIN, "train.py radit": [*TRAIN, "--no-compile"], "sample.py": ["--n", "7", "--steps", "2"],
-           "-m causal edit": ["--steps", "2"], "-m causal fit": ["--steps", "20"], "-m study build": ["--pairs", "3"],
+           "-m causal edit": ["--steps", "2"], "-m causal edit-all": ["--steps", "1"],
+           "-m causal fit": ["--steps", "20"], "-m study build": ["--pairs", "3"],
            "-m diagnosis fit": ["--images", "32"], "-m diagnosis utility": ["--images", "32"],
            "benchmarks/transformer.py": QUICK_BENCHMARK, "benchmarks/training.py": QUICK_BENCHMARK,
            "benchmarks/sampling.py": ["--steps", "1", "--batch", "1", "--rounds", "1"],
