@@ -15,7 +15,7 @@ def commit_of(revision):
 
 
 def handler(root, requests, drops):
-    """requests: a list that every request is added to. drops: file -> how many of the next downloads of it break off halfway."""
+    """requests: a list that every request is added to. drops: file -> how many of its downloads break off."""
     objects = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -79,15 +79,18 @@ def handler(root, requests, drops):
                 asked = json.loads(body)
                 folder = root / asked["organization"] / asked["name"]
                 if folder.exists():
-                    return self.answer({"error": "You already created this model repo", "url": f"{here}/{asked['organization']}/{asked['name']}"}, 409)
+                    url = f"{here}/{asked['organization']}/{asked['name']}"
+                    return self.answer({"error": "You already created this model repo", "url": url}, 409)
                 folder.mkdir(parents=True)
                 return self.answer({"url": f"{here}/{asked['organization']}/{asked['name']}"})
             if match := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
                 files = json.loads(body)["files"]
                 return self.answer({"files": [{"path": file["path"], "shouldIgnore": False, "uploadMode":
-                                               "lfs" if file["path"].endswith(".safetensors") else "regular"} for file in files]})
+                                               "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                                              for file in files]})
             if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", self.path):
-                return self.answer({"objects": [thing | {"actions": {"upload": {"href": f"{here}/objects/{thing['oid']}"}}}
+                return self.answer({"objects": [thing | {"actions": {"upload": {
+                                                    "href": f"{here}/objects/{thing['oid']}"}}}
                                                 for thing in json.loads(body)["objects"]]})
             if match := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
                 for line in map(json.loads, body.splitlines()):
@@ -95,8 +98,10 @@ def handler(root, requests, drops):
                     if line["key"] in ("file", "lfsFile"):
                         path = root / match[1] / value["path"]
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        path.write_bytes(base64.b64decode(value["content"]) if line["key"] == "file" else objects[value["oid"]])
-                return self.answer({"commitUrl": f"{here}/{match[1]}/commit/{commit_of('main')}", "commitOid": commit_of("main")})
+                        content = objects[value["oid"]] if line["key"] != "file" else base64.b64decode(value["content"])
+                        path.write_bytes(content)
+                return self.answer({"commitUrl": f"{here}/{match[1]}/commit/{commit_of('main')}",
+                                    "commitOid": commit_of("main")})
             self.answer({"error": "unknown"}, 404)
 
         def do_PUT(self):
