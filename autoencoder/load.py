@@ -72,7 +72,8 @@ def rename(tensors, levels):
             name = name.replace(theirs, ours)
         if name in renamed:
             raise RuntimeError(f"two tensors for {name}")
-        renamed[name] = tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim > 1 else tensor  # c c 1 1 -> c c
+        # Weights of the attention: c c 1 1 -> c c.
+        renamed[name] = tensor.flatten(1) if ".attentions.0.to_" in name and tensor.ndim > 1 else tensor
     return renamed
 
 

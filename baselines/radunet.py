@@ -197,8 +197,8 @@ def main():
         shape = {"channels": 1, "grid": (512, 512), "patch": 8} if pixels else {}
         config = RadUNetConfig(width=width, multiples=multiples, blocks=blocks, attending=attending, **shape)
         print(f"{name:3} width {width:4} multiples {multiples} blocks {blocks}: "
-              f"{count_parameters(config) / 1e6:7.1f} M parameters, {3 * count_flops(config) / 1e12:6.2f} TFLOPs to train "
-              f"one image of {'512x512 pixels' if pixels else '32x32 latent cells'}")
+              f"{count_parameters(config) / 1e6:7.1f} M parameters, {3 * count_flops(config) / 1e12:6.2f} TFLOPs "
+              f"to train one image of {'512x512 pixels' if pixels else '32x32 latent cells'}")
 
 
 if __name__ == "__main__":

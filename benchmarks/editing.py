@@ -3,13 +3,13 @@
     python benchmarks/editing.py --data PREPARED... [--weights weights/demo] [--each 16] [--steps 6] [--seed 0]
 
 composition     nothing is changed: how far is the result from the original, beside the VAE's own reconstruction?
-effectiveness   the embedded classifier's probability of the value asked for, before, after, and in real images that have it;
-                `flipped`: of the images in which it saw another value, the share in which it sees this one; for age,
-                years
-minimality      how far its other answers move (total variation of each field's probabilities, averaged; years for age), and
-                how far the pixels do: all of them, and those outside the region where the change belongs. Regions are
-                boxes, the same for every image, generous, in shares of its side: the heart's, and for an effusion the
-                lower half of the thorax. A view, an age, a sex has none.
+effectiveness   the embedded classifier's probability of the value asked for, before, after, and in real images that
+                have it; `flipped`: of the images in which it saw another value, the share in which it sees this one;
+                for age, years
+minimality      how far its other answers move (total variation of each field's probabilities, averaged; years for
+                age), and how far the pixels do: all of them, and those outside the region where the change belongs.
+                Regions are boxes, the same for every image, generous, in shares of its side: the heart's, and for an
+                effusion the lower half of the thorax. A view, an age, a sex has none.
 reversibility   there and back again: how far from the first reconstruction? On the first half of the images.
 
 RMS is in grey levels of 0 to 255. "Before" is the VAE's reconstruction, so that the VAE's blur does not count as a
@@ -44,7 +44,8 @@ EDITS = {"age under 46 to 75": ("ChestX-ray14", lambda r: 20 <= r.get("age", 0) 
          "men to women": ("ChestX-ray14", lambda r: r.get("sex") == "male", "sex", "female"),
          "PA to AP": ("ChestX-ray14", lambda r: r.get("view") == "PA", "view", "AP"),
          "pneumonia, children": ("kermany", lambda r: r.get("pneumonia") == "negative", "pneumonia", "positive"),
-         "pleural effusion": ("ChestX-ray14", lambda r: r.get("pleural_effusion") == "negative", "pleural_effusion", "positive"),
+         "pleural effusion": ("ChestX-ray14", lambda r: r.get("pleural_effusion") == "negative",
+                              "pleural_effusion", "positive"),
          "cardiomegaly": ("ChestX-ray14", lambda r: r.get("cardiomegaly") == "negative", "cardiomegaly", "positive")}
 REGIONS = {"cardiomegaly": (.4, .85, .25, .9), "pleural effusion": (.5, 1, 0, 1)}  # top, bottom, left, right
 
@@ -57,12 +58,14 @@ def plain(model, decoder, images, factual, counterfactual, guidance, depth=1.0, 
     times = end * (1 - depth * (1 - flow.time_grid(steps, model.config.shift)))
     seen = edit.conditions(model, factual)
     if seed is None:
-        x = edit.follow(flow.classifier_free_guidance(model, seen, seen, 1, model.config.prediction), x, times.flip(0), "heun")[-1]
+        x = edit.follow(flow.classifier_free_guidance(model, seen, seen, 1, model.config.prediction),
+                        x, times.flip(0), "heun")[-1]
     else:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
         x = (1 - times[0]) * noise + times[0] * x
     nothing = edit.conditions(model, [{}] * len(images))
-    forward = flow.classifier_free_guidance(model, edit.conditions(model, counterfactual), nothing, guidance, model.config.prediction)
+    forward = flow.classifier_free_guidance(model, edit.conditions(model, counterfactual), nothing, guidance,
+                                            model.config.prediction)
     x = edit.follow(forward, x.float(), times, "heun")[-1]
     if end < 1:
         x = flow.integrate(forward, x, (end, 1.0), "euler")[0]
@@ -85,10 +88,12 @@ def methods(steps, seed):
         return edit.edit(model, certain(decoder) if decoder else None, *what, guidance=2, steps=steps)
     def amplified(w, depth=1.0, seed=None):
         return lambda *what: plain(*what, w, depth, steps, seed)
-    return {"factored, guidance 2": factored(2), "factored, guidance 4": factored(4), "factored, guidance 1": factored(1),
-            "all amplified, guidance 2": amplified(2), "SDEdit, depth 0.7": amplified(2, .7, seed),
-            "SDEdit, depth 0.5": amplified(2, .5, seed), "factored, 2, depth 0.5": factored(2, .5), "factored, guidance 3": factored(3),
-            "factored, 2, depth 0.75": factored(2, .75), "factored, 2, from VAE's mean": from_mean,
+    return {"factored, guidance 2": factored(2), "factored, guidance 4": factored(4),
+            "factored, guidance 1": factored(1), "all amplified, guidance 2": amplified(2),
+            "SDEdit, depth 0.7": amplified(2, .7, seed),
+            "SDEdit, depth 0.5": amplified(2, .5, seed), "factored, 2, depth 0.5": factored(2, .5),
+            "factored, guidance 3": factored(3), "factored, 2, depth 0.75": factored(2, .75),
+            "factored, 2, from VAE's mean": from_mean,
             "SDEdit, depth 0.3": amplified(2, .3, seed)}
 
 
@@ -131,7 +136,8 @@ def choose(records, dataset, suits, count, seed):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources the weights were trained on")
+    parser.add_argument("--data", nargs="+", type=Path, required=True,
+                        help="the prepared sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--each", type=cli.positive, default=16, help="images of each edit")
     parser.add_argument("--steps", type=cli.positive, default=6, help="of Heun, in the second part")
@@ -146,32 +152,36 @@ def main():
     images = torch.stack([image for split in splits for image in split]).to(device)          # N 1 H W
     known = [{f: r[f] for f in fields.FIELDS if f in r} for r in records]
     known = fields.only_covered(known, model.config.covered)
-    print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), judge {hub.fingerprint(classifier.DEMO)}, "
-          f"{len(images)} held-out images, {device.type}, {torch.get_num_threads()} thread(s), seed {args.seed}", flush=True)
+    print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), "
+          f"judge {hub.fingerprint(classifier.DEMO)}, {len(images)} held-out images, {device.type}, "
+          f"{torch.get_num_threads()} thread(s), seed {args.seed}", flush=True)
 
     def reconstruct(x):
         with torch.no_grad():
-            return torch.cat([decoder.decode(decoder.encode(part)[0]).clamp(-1, 1) for part in x.split(16)]) if decoder else x
+            return torch.cat([decoder.decode(decoder.encode(part)[0]).clamp(-1, 1)
+                              for part in x.split(16)]) if decoder else x
 
     def composition(name, evaluations, method, x, first, facts):
         again = method(model, decoder, x, facts, facts)
         with torch.no_grad():
             distance = perceptual.perceptual_loss(judge.encoder, x, again)
-        print(f"{name:28}{evaluations:>12}{rms(again, x).mean():14.2f}{rms(again, first).mean():16.2f}{distance.mean():20.5f}", flush=True)
+        print(f"{name:28}{evaluations:>12}{rms(again, x).mean():14.2f}{rms(again, first).mean():16.2f}"
+              f"{distance.mean():20.5f}", flush=True)
 
     sets = [choose(records, name, lambda r: True, 4, args.seed) for name in ("ChestX-ray14", "kermany", "hannover")]
     rows = list(itertools.chain.from_iterable(sets))
     x, facts = images[rows], [known[i] for i in rows]
     first = reconstruct(x)
-    print(f"\nNothing changed, guidance 1 (the baselines: 2); {len(rows)} images, 4 of each data set; evaluations of the velocity there and back")
+    print(f"\nNothing changed, guidance 1 (the baselines: 2); {len(rows)} images, 4 of each data set; "
+          "evaluations of the velocity there and back")
     print(f"{'':28}{'evaluations':>12}{'RMS, original':>14}{'RMS, VAE':>16}{'perceptual distance':>20}")
     composition("the VAE alone", 0, lambda m, d, x, *_: reconstruct(x), x, first, facts)
     for solver, steps in (("euler", 10), ("euler", 25), ("heun", 3), ("heun", 6), ("heun", 12), ("heun", 25)):
         composition(f"{solver}, {steps} steps", 2 * steps * (1 + (solver == "heun")),
                     lambda *what: edit.edit(*what, guidance=1, steps=steps, solver=solver), x, first, facts)
     ways = methods(args.steps, args.seed)
-    for name in ("all amplified, guidance 2", "SDEdit, depth 0.3", "SDEdit, depth 0.5", "SDEdit, depth 0.7", "factored, 2, depth 0.5",
-                 "factored, 2, from VAE's mean"):
+    for name in ("all amplified, guidance 2", "SDEdit, depth 0.3", "SDEdit, depth 0.5", "SDEdit, depth 0.7",
+                 "factored, 2, depth 0.5", "factored, 2, from VAE's mean"):
         composition(name, args.steps * (2 if "SDEdit" in name else 4), ways[name], x, first, facts)
 
     side, half, jobs = images.shape[-1], -(-args.each // 2), {}
@@ -181,12 +191,16 @@ def main():
                 and (abs(r[field] - value) <= 10 if field == "age" else r[field] == value)]
         first, old = reconstruct(images[chosen]), [known[i] for i in chosen]
         # Labels that would contradict the change are settled as in training: no "no finding" beside a finding.
-        new = fields.only_covered([fields.resolve_labels(record | {field: value}) for record in old], model.config.covered)
+        new = fields.only_covered([fields.resolve_labels(record | {field: value}) for record in old],
+                                  model.config.covered)
         real = of_target(ask(judge, images[same]), judge, field, value)[0].mean()
         jobs[name] = images[chosen], first, old, new, field, value, ask(judge, first), real
-    print(f"\nEdits, {args.each} images each, {args.steps} Heun steps back and {args.steps} forward. Before, after, real: the probability of the value "
-          f"asked for, or the age in\nyears; real: of held-out images that have the value. Means: over the edits; of the first four columns over those not of age.")
-    print(f"{'':30}{'':22}" + "".join(f"{c:>9}" for c in ("before", "after", "real", "flipped", "others", "age", "RMS", "outside", "back")))
+    print(f"\nEdits, {args.each} images each, {args.steps} Heun steps back and {args.steps} forward. "
+          "Before, after, real: the probability of the value asked for, or the age in\n"
+          "years; real: of held-out images that have the value. "
+          "Means: over the edits; of the first four columns over those not of age.")
+    print(f"{'':30}{'':22}" + "".join(f"{c:>9}" for c in (
+        "before", "after", "real", "flipped", "others", "age", "RMS", "outside", "back")))
     for name, method in ways.items():
         rows = {}
         for what, (x, first, old, new, field, value, before, real) in jobs.items():
@@ -208,12 +222,14 @@ def main():
             rows[what] = (p.mean(), q.mean(), real, flipped, others, years, rms(edited, first).mean().item(), outside,
                           rms(back, first[:half]).mean().item())
             show(name, what, rows[what])
-        every, coded = (np.array(part) for part in (list(rows.values()), [row for what, row in rows.items() if jobs[what][4] != "age"]))
+        every, coded = (np.array(part) for part in (
+            list(rows.values()), [row for what, row in rows.items() if jobs[what][4] != "age"]))
         show(name, "mean", (*np.nanmean(coded[:, :4], 0), *np.nanmean(every[:, 4:], 0)))
 
 
 def show(name, what, row):
-    print(f"{name:30}{what:22}" + "".join(f"{value:9.2f}" if np.isfinite(value) else f"{'-':>9}" for value in row), flush=True)
+    print(f"{name:30}{what:22}" + "".join(f"{value:9.2f}" if np.isfinite(value) else f"{'-':>9}" for value in row),
+          flush=True)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,14 @@ READERS = ("radiograph.py", "MONAI", "torchxrayvision")
 
 def write_files(folder, count):
     """{kind: paths} of pictures with the smoothness and the noise of radiographs."""
-    rng, paths = np.random.default_rng(0), {"DICOM 2500x2048": [], "PNG 16 bits 2500x2048": [], "PNG 8 bits 1024x1024": []}
+    rng, paths = np.random.default_rng(0), {"DICOM 2500x2048": [], "PNG 16 bits 2500x2048": [],
+                                            "PNG 8 bits 1024x1024": []}
     for i in range(count):
         coarse = Image.fromarray(rng.uniform(0, 1, (40, 32)).astype(np.float32))
         large = np.asarray(coarse.resize((2048, 2500), Image.Resampling.BICUBIC)).clip(0, 1)
         stored = (large * 3500 + rng.normal(300, 20, large.shape)).clip(0, 4095).astype(np.uint16)
-        paths["DICOM 2500x2048"].append(write_dicom(folder / f"{i}.dcm", stored, BitsStored=12, WindowCenter=2000, WindowWidth=3600))
+        paths["DICOM 2500x2048"].append(write_dicom(folder / f"{i}.dcm", stored, BitsStored=12,
+                                                    WindowCenter=2000, WindowWidth=3600))
         Image.fromarray(stored * 16).save(folder / f"{i}-16.png")
         paths["PNG 16 bits 2500x2048"].append(folder / f"{i}-16.png")
         small = Image.fromarray((stored[:2048] >> 4).astype(np.uint8)).resize((1024, 1024), Image.Resampling.BOX)
@@ -57,7 +59,8 @@ def build(name, kind):
                                       ResizeWithPadOrCrop)
         reader = PydicomReader() if "DICOM" in kind else PILReader()
         return Compose([LoadImage(reader=reader, image_only=True, ensure_channel_first=True),
-                        Resize(512, size_mode="longest", mode="bilinear", anti_aliasing=True), ResizeWithPadOrCrop((512, 512))])
+                        Resize(512, size_mode="longest", mode="bilinear", anti_aliasing=True),
+                        ResizeWithPadOrCrop((512, 512))])
     if not importlib.util.find_spec("torchvision"):  # it has no build for every torch, and the readers never call it
         for module in ("torchvision", "torchvision.models", "torchvision.transforms"):
             sys.modules[module] = MagicMock()
@@ -110,7 +113,8 @@ def main():
                     best[name] = result if isinstance(result, str) else max(result, best.get(name, result))
             for name, result in best.items():
                 text = f"not measured: {result}" if isinstance(result, str) else (
-                    f"{result[0]:6.1f} images/s on one core, {result[1]:5.0f} MiB; ours is {best['radiograph.py'][0] / result[0]:.2f} times as fast")
+                    f"{result[0]:6.1f} images/s on one core, {result[1]:5.0f} MiB; "
+                    f"ours is {best['radiograph.py'][0] / result[0]:.2f} times as fast")
                 print(f"{kind:24}{name:18}{text}")
             for workers in range(1, os.cpu_count() + 1):
                 with context.Pool(workers) as pool:
@@ -118,7 +122,8 @@ def main():
                     pool.starmap(pixels.read_radiograph, jobs[:workers])
                     start = time.perf_counter()
                     pool.starmap(pixels.read_radiograph, jobs * 2, chunksize=1)
-                    print(f"{kind:24}{'radiograph.py':18}{2 * len(paths) / (time.perf_counter() - start):6.1f} images/s with {workers} workers")
+                    print(f"{kind:24}{'radiograph.py':18}{2 * len(paths) / (time.perf_counter() - start):6.1f} "
+                          f"images/s with {workers} workers")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 Distance: root mean square difference of the pixels, in [-1, 1], after averaging to 32x32, so that place and shape
 count and fine texture does not. Real held-out images (split test) are measured as they are and as the VAE returns
-them, since samples come out of the same decoder; training images as the VAE returns them, still and moved, show what copies
-would score. With --versions, the images searched are those that `python -m autoencoder encode --versions` made, moved copies included.
-A model that copies has samples near the last rows, one that does not near the held-out ones.
+them, since samples come out of the same decoder; training images as the VAE returns them, still and moved, show what
+copies would score. With --versions, the images searched are those that `python -m autoencoder encode --versions` made,
+moved copies included. A model that copies has samples near the last rows, one that does not near the held-out ones.
 Writes the closest pairs, sample above training image, to --out.
 """
 import argparse
@@ -68,8 +68,8 @@ def main():
         columns["training, through the VAE"] = decoder.decode(decoder.encode(copies)[0]).clamp(-1, 1)
         moved = pixels.jitter(copies, torch.Generator().manual_seed(2 ** 32 + args.seed))
         columns["the same, moved anew"] = decoder.decode(decoder.encode(moved)[0]).clamp(-1, 1)
-    print(f"{args.weights}: {args.n} images each, seed {args.seed}, {len(train)} training images in {args.versions} versions, "
-          f"RMS at 32x32 to the nearest")
+    print(f"{args.weights}: {args.n} images each, seed {args.seed}, "
+          f"{len(train)} training images in {args.versions} versions, RMS at 32x32 to the nearest")
     print(f"{'':28}{'least':>8}{'5 %':>8}{'median':>8}{'95 %':>8}")
     for name, images in columns.items():
         distance, index = nearest(images, training)
@@ -78,7 +78,8 @@ def main():
         if name == "samples":
             closest = distance.argsort()[:8]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            pixels.save_image(pixels.grid(torch.cat([samples[closest], training_images[index[closest] // args.versions]]), columns=8), args.out)
+            pixels.save_image(pixels.grid(torch.cat([
+                samples[closest], training_images[index[closest] // args.versions]]), columns=8), args.out)
 
 
 if __name__ == "__main__":

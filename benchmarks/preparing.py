@@ -32,13 +32,15 @@ def write_source(root, count):
         table.write(header)
         for i in range(count):
             os.link(images / "picture.png", images / f"{i:08}_000.png")
-            table.write(f"{i:08}_000.png,{'Edema|Mass' if i % 3 else 'No Finding'},0,{i // 2},{i % 90},M,PA,1,1,.1,.1\n")
+            table.write(f"{i:08}_000.png,{'Edema|Mass' if i % 3 else 'No Finding'},"
+                        f"0,{i // 2},{i % 90},M,PA,1,1,.1,.1\n")
     (images / "picture.png").unlink()
     (root / "test_list.txt").write_text("\n".join(f"{i:08}_000.png" for i in range(0, count, 10)))
 
 
 def start(root, out, workers):
-    return subprocess.Popen([sys.executable, ROOT / "data.py", "prepare", "nih", root, out, "--size", "32", "--workers", str(workers)],
+    return subprocess.Popen([sys.executable, ROOT / "data.py", "prepare", "nih", root, out, "--size", "32",
+                             "--workers", str(workers)],
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -79,7 +81,8 @@ def main():
                   f"{count / (time.perf_counter() - begin):.0f} images/s")
         whole, cut = folder / f"out{args.n}", folder / "cut"
         process = start(folder / str(args.n), cut, args.workers)
-        while not (cut / "index.csv.part").exists() or (cut / "index.csv.part").stat().st_size < (whole / "index.csv").stat().st_size / 2:
+        while (not (cut / "index.csv.part").exists()
+               or (cut / "index.csv.part").stat().st_size < (whole / "index.csv").stat().st_size / 2):
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -6,9 +6,9 @@
 
 Width, depth, heads, tokens, steps, guidance, batch and the decoder's widths are the same; weights are random, which
 cost what trained ones do. Decoding counts, and so does bringing the images to the CPU. The peer is the pipeline as
-diffusers runs it, with its own DDIM scheduler: DiTTransformer2DModel, in bfloat16 where that is faster, both branches of guidance
-in one batch, and AutoencoderKL. Ours is what sample.py runs by default, and with its blocks compiled; the interval is
-that of guidance. On a CPU it is CPU time of one thread, which other programs disturb least; on a GPU wall
+diffusers runs it, with its own DDIM scheduler: DiTTransformer2DModel, in bfloat16 where that is faster, both branches
+of guidance in one batch, and AutoencoderKL. Ours is what sample.py runs by default, and with its blocks compiled; the
+interval is that of guidance. On a CPU it is CPU time of one thread, which other programs disturb least; on a GPU wall
 time. All take turns over several rounds: median and range. A ratio above 1: ours is faster.
 """
 import argparse

@@ -35,7 +35,7 @@ from encoders import raddino
 from radiographs import fields
 
 PLAN = [("euler", 5), ("heun", 3), ("euler", 10), ("heun", 5), ("euler", 25), ("heun", 13), ("euler", 50), ("heun", 25),
-        ("euler", 100), ("heun", 50)]                                # (solver, steps); the last is what all are compared with
+        ("euler", 100), ("heun", 50)]            # (solver, steps); the last is what all are compared with
 
 
 def evaluations_of(solver, steps):
@@ -50,8 +50,8 @@ def draw(model, decoder, asked, seeds, guidance, folder):
             path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
             if not path.exists():
                 with tqdm(desc=path.stem, unit="evaluation", total=evaluations_of(solver, steps)) as bar:
-                    images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps=steps, guidance=guidance,
-                                                solver=solver, batch=16, report=bar.update)
+                    images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps=steps,
+                                                guidance=guidance, solver=solver, batch=16, report=bar.update)
                 safetensors.torch.save_file({"images": images}, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)
             drawn[solver, steps].append(safetensors.torch.load_file(path)["images"])
@@ -65,11 +65,13 @@ def draw_figure(rows, real, path):
     for axes, measure in zip(figure.subplots(1, 3), ("FDD", "KDD", "distance")):
         for solver, colour, marker in (("euler", "#2b5d8c", "o"), ("heun", "#c8642b", "s")):
             points = [(evaluations_of(solver, steps), *row[measure]) for which, steps, row in rows if which == solver]
-            points = points[:-1] if measure == "distance" and solver == "heun" else points  # the last is no distance from itself
+            # The last has no distance from itself.
+            points = points[:-1] if measure == "distance" and solver == "heun" else points
             axes.errorbar(*zip(*points), color=colour, marker=marker, capsize=2, label=solver.capitalize())
         if measure in real:
             axes.axhline(real[measure][0], color="grey", linestyle=":", label="real images")
-        axes.set(xlabel="velocity evaluations", title="RMS distance to Heun's last" if measure == "distance" else measure,
+        axes.set(xlabel="velocity evaluations",
+                 title="RMS distance to Heun's last" if measure == "distance" else measure,
                  xscale="log", ylim=(0, None) if measure == "distance" else None, xticks=[5, 10, 25, 50, 100],
                  xticklabels=[5, 10, 25, 50, 100])
         axes.minorticks_off()
@@ -82,7 +84,8 @@ def draw_figure(rows, real, path):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources the weights were trained on")
+    parser.add_argument("--data", nargs="+", type=Path, required=True,
+                        help="the prepared sources the weights were trained on")
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
     parser.add_argument("--n", type=cli.positive, default=48)
@@ -110,13 +113,16 @@ def main():
         apart = (pictures - best).square().mean((1, 2, 3)).sqrt()    # N
         row = metrics.compare(reference, fidelity.features(pictures, encoder), 5, None, args.seed)
         rows.append((solver, steps, row | {"distance": (apart.mean().item(), apart.std().item() / len(apart) ** 0.5)}))
-    lines = [f"weights {os.path.relpath(args.weights)} ({digest}), encoder {os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
-             f"reference N {len(a)}, candidates N {args.n}, {images.shape[-1]}x{images.shape[-1]} pixels, guidance {args.guidance:g}, "
-             f"seed {args.seed}, {'bfloat16' if cli.fast_bf16(images.device) else 'float32'}",
+    lines = [f"weights {os.path.relpath(args.weights)} ({digest}), "
+             f"encoder {os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
+             f"reference N {len(a)}, candidates N {args.n}, {images.shape[-1]}x{images.shape[-1]} pixels, "
+             f"guidance {args.guidance:g}, seed {args.seed}, "
+             f"{'bfloat16' if cli.fast_bf16(images.device) else 'float32'}",
              f"{'solver':14}{'evaluations':>12}{'passes':>8}{'FDD':>18}{'KDD':>18}{'distance':>22}"]
     for solver, steps, row in rows:
         times = flow.time_grid(steps, model.config.shift)
-        lines.append(f"{solver:14}{evaluations_of(solver, steps):12}{flow.count_network_calls(times, solver, args.guidance):8}"
+        lines.append(f"{solver:14}{evaluations_of(solver, steps):12}"
+                     f"{flow.count_network_calls(times, solver, args.guidance):8}"
                      + "".join(f"{'{:.3f} ± {:.3f}'.format(*row[m]):>18}" for m in ("FDD", "KDD"))
                      + f"{'-' if (solver, steps) == PLAN[-1] else '{:.4f} ± {:.4f}'.format(*row['distance']):>22}")
     lines.append(f"{'the real ones':34}" + "".join(f"{'{:.3f} ± {:.3f}'.format(*real[m]):>18}" for m in ("FDD", "KDD")))

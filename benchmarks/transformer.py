@@ -6,8 +6,8 @@
 Times one forward pass, and one forward and backward pass. On a CPU it is CPU time of one thread, which other programs
 disturb least; on a GPU wall time. Each variant runs in a process of its own; the processes take turns over several
 rounds, and the table gives the median of the rounds and their range. Compilation is over before the clock starts.
-`kept` is what autograd keeps for the backward pass beside the parameters, counted from the tensors that it saves: exact,
-and the same on any machine. A ratio above 1: RadiT is faster.
+`kept` is what autograd keeps for the backward pass beside the parameters, counted from the tensors that it saves:
+exact, and the same on any machine. A ratio above 1: RadiT is faster.
 """
 import argparse
 import functools

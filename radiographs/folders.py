@@ -35,6 +35,6 @@ def images_of(place):
             elif is_dicom(path):
                 records.append(dicom_tags(path) | {"path": path})
     if not records:
-        raise InputError(f"{place}: neither an index.csv nor an image in it or below it; accepted are {', '.join(SUFFIXES)} "
-                         "and DICOM files")
+        raise InputError(f"{place}: neither an index.csv nor an image in it or below it; "
+                         f"accepted are {', '.join(SUFFIXES)} and DICOM files")
     return records

@@ -70,7 +70,8 @@ def config_of(args):
 
 
 def add_radit_options(p):
-    p.add_argument("--init", type=Path, help="fine-tune these weights: a folder that holds radit/, or a name on the Hub")
+    p.add_argument("--init", type=Path,
+                   help="fine-tune these weights: a folder that holds radit/, or a name on the Hub")
     p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), help="with --init: train adapters of this rank only")
     p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
     p.add_argument("--model", choices=("radit", "radunet"), default="radit", help="RadiT, or the paper's baseline")
@@ -104,7 +105,8 @@ def add_vae_options(p):
     p.add_argument("--layers", type=cli.integer(1, 100), help="residual blocks of each level; 2 if not given")
     p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="of GroupNorm; 32 if not given")
     p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
-                   help="of a latent cell of 8x8 pixels at four widths; 32 if not given, with --init the base's or more")
+                   help="of a latent cell of 8x8 pixels at four widths; 32 if not given, with --init the base's "
+                        "or more")
     p.add_argument("--channels", type=int, choices=(1, 3),
                    help="of the VAE's image, 1 if not given; grey is repeated to 3")
     p.add_argument("--crop", type=cli.integer(1, 10 ** 4),
