@@ -136,8 +136,8 @@ def check_settings(out, settings):
             before = saved if isinstance(saved, dict) else settings
     for key, value in settings.items():
         if before.get(key) != value:
-            how = f"another --{key}" if key in ("labels", "table") else f"{key} = {before.get(key)}, not {value}"
-            raise InputError(f"{out} was prepared with {how}; name another folder, or delete it")
+            option = f"another --{key}" if key in ("labels", "table") else f"{key} = {before.get(key)}, not {value}"
+            raise InputError(f"{out} was prepared with {option}; name another folder, or delete it")
 
 
 def report(counts, source, download, labels, table, metadata_only):

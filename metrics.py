@@ -143,8 +143,8 @@ def kernel_means(x, y):
 def kernel_distance(x, y):
     """The unbiased squared MMD of x (N, D) and y (M, D) with KID's kernel, and its standard error."""
     (kxx, _), (kyy, _), (kxy, kyx), n, m = kernel_means(x, x), kernel_means(y, y), kernel_means(x, y), len(x), len(y)
-    own = [((f.double().square().sum(1) / f.shape[1]) + 1).pow(3) for f in (x, y)]          # k(x_i, x_i), left out
-    kxx, kyy = (n * kxx - own[0]) / (n - 1), (m * kyy - own[1]) / (m - 1)
+    diagonals = [((f.double().square().sum(1) / f.shape[1]) + 1).pow(3) for f in (x, y)]    # k(x_i, x_i), left out
+    kxx, kyy = (n * kxx - diagonals[0]) / (n - 1), (m * kyy - diagonals[1]) / (m - 1)
     error = 4 * (kxx - kxy).var() / n + 4 * (kyy - kyx).var() / m    # of the first-order terms of the U-statistic
     return (kxx.mean() + kyy.mean() - 2 * kxy.mean()).item(), error.sqrt().item()
 

@@ -44,7 +44,7 @@ from common.cli import InputError, pick_device
 from encoders import raddino
 from radiographs import fields, pixels
 from training import checkpoint, dry_run, finetune, parallel
-from training.examples import Examples, made_up_metadata
+from training.examples import Examples, synthetic_metadata
 from training.log import Log, check_logger, means
 from training.options import (RADIT_EXAMPLES, VAE_EXAMPLES, Help, TrainConfig, add_common_options, add_radit_options,
                               add_vae_options, config_of)
@@ -105,7 +105,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
         state = checkpoint.tensors_of(model, emas, optimizer)
         seen = checkpoint.resume(out, state, about, may_change)
         writer, log = checkpoint.Writer(out, cfg.keep), Log(out, seen, cfg, task.flops, logger, asdict(cfg) | about)
-        log.say(f"{type(model).__name__}: {size:,} trained parameters, {device.type}, "
+        log.log(f"{type(model).__name__}: {size:,} trained parameters, {device.type}, "
                 f"{'bfloat16' if bf16 else 'float32'}, {world} {'processes' if world > 1 else 'process'}, "
                 f"{len(dataset):,} images, starting at {seen:,} seen")
         if rank == 0:
@@ -200,7 +200,7 @@ def leave_stopped(writer, log, out, seen):
         (out / "stopped").touch()                                    # for the scheduler's script: start me again
     parallel.leave()
     log.close()
-    log.say(f"asked to stop: all saved at {seen:,} images; the same command continues")
+    log.log(f"asked to stop: all saved at {seen:,} images; the same command continues")
     raise SystemExit(STOPPED)
 
 
@@ -360,7 +360,7 @@ def read_radit_data(args):
                           for places in splits.values())
     return examples, held_out.some(256), {"datasets": datasets, "covered": fields.coverage(records),
                                           "pairs": fields.count_pairs(records),
-                                          "examples": made_up_metadata(records, args.seed)}
+                                          "examples": synthetic_metadata(records, args.seed)}
 
 
 def train_radit(args, cfg):

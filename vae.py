@@ -188,7 +188,7 @@ class RadVAE(nn.Module):
         # A posterior that starts with variance 1 drowns the signal, and a narrow model never recovers: start at e^-5.
         nn.init.constant_(self.quant_conv.bias[c:], -5.0)
 
-    def moments(self, x):                                            # N 1 H W in [-1, 1]
+    def encode_raw(self, x):                                         # N 1 H W in [-1, 1]
         """Mean and log-variance of the raw latent, patchified: each (N, 4c, h, w)."""
         x = x.expand(-1, self.config.channels, -1, -1)               # N channels H W: FLUX.2 sees grey as R = G = B
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, 1)  # N c 2h 2w each
@@ -197,7 +197,7 @@ class RadVAE(nn.Module):
     def encode(self, x):
         """Mean and log-variance of the normalised latent: each (N, 4c, h, w)."""
         slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images, all of which GroupNorm sees
-        mean, logvar = (torch.cat(half) for half in zip(*map(self.moments, slices)))  # N 4c h w each
+        mean, logvar = (torch.cat(half) for half in zip(*map(self.encode_raw, slices)))  # N 4c h w each
         variance = (self.bn.running_var + self.bn.eps)[:, None, None]
         return (mean - self.bn.running_mean[:, None, None]) / variance.sqrt(), logvar - variance.log()
 
@@ -206,18 +206,18 @@ class RadVAE(nn.Module):
         scale = (self.bn.running_var + self.bn.eps).sqrt()[:, None, None]
         z = z * scale + self.bn.running_mean[:, None, None]          # N 4c h w
         pixels = z[0, 0].numel() * 4 ** len(self.config.widths)      # of one image
-        return torch.cat([self.reconstruct(part) for part in z.split(max(1, SLICE // pixels))])  # N 1 H W
+        return torch.cat([self.decode_raw(part) for part in z.split(max(1, SLICE // pixels))])  # N 1 H W
 
-    def reconstruct(self, z):                                        # N 4c h w, raw
+    def decode_raw(self, z):                                         # N 4c h w, raw
         x = self.decoder(self.post_quant_conv(unpatchify(z)))        # N channels H W
         return x.mean(1, keepdim=True)                               # N 1 H W
 
     def forward(self, x, noise):
         """One training pass: reconstruction, mean, log-variance (raw). The means of a whole batch then go through bn,
         which updates the running statistics."""
-        mean, logvar = self.moments(x)                               # N 4c h w
+        mean, logvar = self.encode_raw(x)                               # N 4c h w
         z = mean + (0.5 * logvar).exp() * noise                      # N 4c h w
-        return self.reconstruct(z), mean, logvar
+        return self.decode_raw(z), mean, logvar
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from queue import Empty
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -65,7 +65,7 @@ def build(name, args, channels=32):
         if "compiled" in name:
             block.forward = torch.compile(block.forward, fullgraph=True)
         if "checkpointing" in name:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model, call, flops
 
 

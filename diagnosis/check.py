@@ -45,7 +45,7 @@ def contradictions(record, years, probabilities, config):
     return found
 
 
-def look(model, images, records):
+def contradictions_of(model, images, records):
     """The contradictions of each image (1, H, W) with its record: a list for each."""
     years, probabilities = classifier.predict(model, images)
     rows = []
@@ -110,7 +110,7 @@ def redraw(judge, make, images, records, seeds, found):
             break
         new = make([records[i] for i in pending], new_seeds)
         made += len(pending)
-        rows = look(judge, list(new), [records[i] for i in pending])
+        rows = contradictions_of(judge, list(new), [records[i] for i in pending])
         still = []
         for i, image, seed, row in zip(pending, new, new_seeds, rows):
             if row:
@@ -141,7 +141,7 @@ def check(folder, model_folder, weights, out):
     judge = classifier.load(model_folder)
     make = load_sampler(folder, weights) if out else None            # before the work, so that errors come first
     images = [dataset[i] for i in range(len(dataset))]
-    found = look(judge, images, records)
+    found = contradictions_of(judge, images, records)
     report = {"images": len(images), "contradicted": sum(map(bool, found)),
               "fields": summary(records, found, judge.config),
               "contradictions": {Path(record["path"]).name: dict(row)

@@ -77,8 +77,8 @@ class Labelled(torch.utils.data.Dataset):
 
     def __init__(self, folders, split, datasets=None):
         self.images = data.Radiographs(folders, split)
-        own = {record["dataset"] for record in self.images.records if "dataset" in record}
-        self.datasets = datasets or (*fields.DATASETS, *sorted(own - set(fields.DATASETS)))
+        found = {record["dataset"] for record in self.images.records if "dataset" in record}
+        self.datasets = datasets or (*fields.DATASETS, *sorted(found - set(fields.DATASETS)))
         records = [{field: record[field] for field in fields.FIELDS if field in record and
                     (field != "dataset" or record[field] in self.datasets)} for record in self.images.records]
         self.age, self.codes = fields.encode_metadata(records, self.datasets)

@@ -8,12 +8,12 @@ Source: the DINO perceptual loss (2025), as the paper's Rad-VAE uses it. Every t
 so that a few tokens and channels with large values do not outweigh the rest. The published loss is the mean over
 Rad-DINO's 768 channels too and has the weight 250 beside a Charbonnier loss of 1; here channels are summed, because a
 mean would give a narrow encoder a larger weight, so the same weight reads 250 / 768 = 0.33.
-Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (checkpointing), so
-that those of one layer are held at a time.
+Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (gradient
+checkpointing), so that those of one layer are held at a time.
 """
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 PUBLISHED_WEIGHT = 250 / 768  # 250 for a mean over 768 channels
 
@@ -34,7 +34,7 @@ def perceptual_loss(encoder, x, y):
     for block in encoder.blocks:
         with torch.no_grad():
             target = block(target)                                   # N T D
-        tokens = checkpoint(block, tokens, use_reentrant=False)      # N T D
+        tokens = recompute(block, tokens, use_reentrant=False)      # N T D
         with torch.autocast(tokens.device.type, enabled=False):      # squares of small differences: float32
             difference = F.normalize(tokens.float(), dim=-1, eps=1e-6) - F.normalize(target.float(), dim=-1, eps=1e-6)
             distance = distance + difference.square().sum(2).mean(1)         # N

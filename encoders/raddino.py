@@ -206,10 +206,10 @@ def why_not_raddino(encoder, folder):
     """Why features of this encoder may not be compared with Rad-DINO's: one line, empty for microsoft/rad-dino as
     published. A shape alone does not tell: facebook/dinov2-base has the same, but crops to 224 pixels and takes
     ImageNet's mean."""
-    published, own = asdict(EncoderConfig()), asdict(encoder.config)
-    if own != published:
-        return "not Rad-DINO: " + ", ".join(f"{name} {own[name]} (Rad-DINO: {value})"
-                                            for name, value in published.items() if own[name] != value)
+    published, found = asdict(EncoderConfig()), asdict(encoder.config)
+    if found != published:
+        return "not Rad-DINO: " + ", ".join(f"{name} {found[name]} (Rad-DINO: {value})"
+                                            for name, value in published.items() if found[name] != value)
     if not hub.find(folder, "preprocessor_config.json"):
         return "no preprocessor_config.json beside the weights, so Rad-DINO's values are assumed"
     if str(folder) != "microsoft/rad-dino":

@@ -35,8 +35,8 @@ def harmonise(source, download, labels, table=None, coding=None):
             names.add(name)
             record |= labels.get(name, {})
             # An index in the project's own columns is taken as it says.
-            own = source == "folder" and not labels and table == download.root / "index.csv"
-            yield file, record if own else resolve_labels(record)
+            harmonised = source == "folder" and not labels and table == download.root / "index.csv"
+            yield file, record if harmonised else resolve_labels(record)
     except InputError:
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:

@@ -55,11 +55,11 @@ def folder_records(download, table=None, coding=None):
 
 def columns_of(row):
     """Column -> field, for the columns that are read; "file" for the one that names the file."""
-    spelled = {column.lower().replace(" ", "_"): column for column in row}
-    files = [spelled[name] for name in FILE_COLUMNS if name in spelled]
+    by_name = {column.lower().replace(" ", "_"): column for column in row}
+    files = [by_name[name] for name in FILE_COLUMNS if name in by_name]
     if not files:
         raise InputError(f"{row.path}: no column that names the file; accepted: {', '.join(FILE_COLUMNS)}")
-    return {column: COLUMNS[name] for name, column in spelled.items() if name in COLUMNS} | {files[0]: "file"}
+    return {column: COLUMNS[name] for name, column in by_name.items() if name in COLUMNS} | {files[0]: "file"}
 
 
 def unread_columns(table):

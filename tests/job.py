@@ -24,8 +24,8 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["job"])
 
 
-def radit_job(cfg, out, blocks=2, **how):
-    """RadiT on 48 images of noise; how: compiled, recomputed, sharded = True."""
+def radit_job(cfg, out, blocks=2, **layout):
+    """RadiT on 48 images of noise; layout: compiled, recomputed, sharded = True."""
     config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2,
                                examples=[{"sex": "male"}])
     rng = torch.Generator().manual_seed(9)
@@ -35,7 +35,7 @@ def radit_job(cfg, out, blocks=2, **how):
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
     task = train.RadiTTask(config, [column[:8] for column in columns], None)
-    chosen = {key: model.blocks for key, on in how.items() if on}
+    chosen = {key: model.blocks for key, on in layout.items() if on}
     return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **chosen)
 
 
@@ -102,7 +102,7 @@ def command_job(arguments, out):
 JOBS = {"encode": encode_job, "command": command_job, "radit": radit_job, "vae": vae_job, "seen": seen_job}
 
 
-def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, picture=False, **how):
+def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, picture=False, **layout):
     """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps.
     Without `picture` no preview is drawn, which takes longer than all the steps."""
     if world:
@@ -124,7 +124,7 @@ def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16
                 os.kill(os.getpid(), event[2])
             update(*arguments)
         train.update_ema = counted
-    JOBS[name](cfg, out, **how)
+    JOBS[name](cfg, out, **layout)
     parallel.leave()
 
 

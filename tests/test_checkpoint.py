@@ -204,8 +204,8 @@ def test_export_needs_less_memory_than_the_optimizer_state(tmp_path):
     process.start()
     process.join()
     assert near.recv() < 144 * 2 ** 20
-    written = safetensors.torch.load_file(tmp_path / "out/radit/model.safetensors")
-    assert set(written) == {str(i) for i in range(24)} and torch.equal(written["5"], big["ema.5"].bfloat16())
+    exported = safetensors.torch.load_file(tmp_path / "out/radit/model.safetensors")
+    assert set(exported) == {str(i) for i in range(24)} and torch.equal(exported["5"], big["ema.5"].bfloat16())
 
 
 def test_export_refuses_in_one_line(command, tmp_path):

@@ -16,8 +16,8 @@ from radiographs.index import COLUMNS, index_row
 def patients(n=60, images=3, width=12, noise=0.3, seed=0):
     """Features of n patients with some images each: a patient's own vector and noise."""
     rng = torch.Generator().manual_seed(seed)
-    own = torch.randn(n, 1, width, generator=rng).expand(-1, images, -1)
-    features = (own + noise * torch.randn(n, images, width, generator=rng)).reshape(-1, width)
+    identity = torch.randn(n, 1, width, generator=rng).expand(-1, images, -1)
+    features = (identity + noise * torch.randn(n, images, width, generator=rng)).reshape(-1, width)
     return [{"patient": f"p{i}"} for i in range(n) for _ in range(images)], features
 
 

@@ -223,12 +223,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes_for_any_number_of_workers(f
         other = tmp_path / f"cut{workers}/out"
         other.parent.mkdir()
         other.with_name("out.key").write_text(out.with_name("out.key").read_text())
-        written, write = [], cli.write_json
+        values, write = [], cli.write_json
 
         def interrupted(path, value):
             write(path, value)
-            written.append(value)
-            if len(written) == stop:
+            values.append(value)
+            if len(values) == stop:
                 (other / "index.csv.part").open("a").write("half a ro")  # what a crash may leave behind
                 raise KeyboardInterrupt
 

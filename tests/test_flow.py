@@ -125,15 +125,15 @@ def test_guidance_in_an_interval_of_time(solver, weight, interval):
         ran.append(len(x))
         return exact_velocity(x, t) - c[:, :, None, None]
 
-    guided = flow.classifier_free_guidance(predict, condition, null, weight, interval=interval)
+    velocity = flow.classifier_free_guidance(predict, condition, null, weight, interval=interval)
     plain = flow.classifier_free_guidance(predict, condition, null, 1.0)
     for t in times:
         added = weight - 1 if interval[0] <= t <= interval[1] else 0
-        assert torch.allclose(guided(noise, t), plain(noise, t) + added, atol=1e-5)
+        assert torch.allclose(velocity(noise, t), plain(noise, t) + added, atol=1e-5)
         if not added:
-            assert torch.equal(guided(noise, t), plain(noise, t))
+            assert torch.equal(velocity(noise, t), plain(noise, t))
     ran.clear()
-    x, evaluations = flow.integrate(guided, noise, times, solver)
+    x, evaluations = flow.integrate(velocity, noise, times, solver)
     assert sum(ran) / 50 == flow.count_network_calls(times, solver, weight, interval)
     assert evaluations == len(ran) == 8 * (2 if solver == "heun" else 1)
     if interval == (0.9, 0.95):                                      # between two steps: guidance is never active

@@ -63,13 +63,13 @@ def identical(a, b):
         assert torch.equal(tensor, b[name]), name
 
 
-@pytest.mark.parametrize("world, changes, how", [
+@pytest.mark.parametrize("world, changes, layout", [
     (2, {}, {}), (2, {}, {"sharded": True}),
     (0, {"accumulate": 4}, {"recomputed": True}),
     pytest.param(2, {"accumulate": 2}, {"sharded": True, "recomputed": True}, marks=pytest.mark.slow)],
     ids=["ddp", "fsdp", "accumulate", "all"])
-def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
-    assert set(job.run(world, "radit", config(**changes), tmp_path / "run", **how)) == {0}
+def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, layout):
+    assert set(job.run(world, "radit", config(**changes), tmp_path / "run", **layout)) == {0}
     same(tmp_path / "run", one, 1e-4)
     assert log_of(one)[-1]["loss"] != log_of(one)[0]["loss"]
     states = state_of(one), state_of(tmp_path / "run")
@@ -85,8 +85,9 @@ def test_losses_do_not_depend_on_the_layout(one, tmp_path, world, changes, how):
 def test_each_layout_continues_what_another_began(one, tmp_path):
     """One process begins, two with FSDP continue, two with DDP, one finishes."""
     out = tmp_path / "run"
-    for images, world, how in ((40, 0, {}), (80, 2, {"sharded": True}), (120, 2, {}), (160, 0, {"recomputed": True})):
-        assert set(job.run(world, "radit", config(images=images), out, **how)) == {0}
+    parts = [(40, 0, {}), (80, 2, {"sharded": True}), (120, 2, {}), (160, 0, {"recomputed": True})]
+    for images, world, layout in parts:
+        assert set(job.run(world, "radit", config(images=images), out, **layout)) == {0}
     held_out = [line.pop("held_out_loss", None) for line in log_of(out)]
     assert sum(value is not None for value in held_out) == 4         # at the end of each part
     for x, y in zip(log_of(out), log_of(one), strict=True):
@@ -94,15 +95,15 @@ def test_each_layout_continues_what_another_began(one, tmp_path):
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
-def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, how):
+@pytest.mark.parametrize("layout", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, layout):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert job.run(2, "radit", config(), whole, **how) == [0, 0]
-    event = (1, 5, signal.SIGUSR1 if how else signal.SIGTERM)        # the second process, in its fifth step
-    assert job.run(2, "radit", config(), stopped, event=event, **how) == [train.STOPPED] * 2
+    assert job.run(2, "radit", config(), whole, **layout) == [0, 0]
+    event = (1, 5, signal.SIGUSR1 if layout else signal.SIGTERM)     # the second process, in its fifth step
+    assert job.run(2, "radit", config(), stopped, event=event, **layout) == [train.STOPPED] * 2
     assert checkpoint.latest(stopped).name == "64"                   # the next step at which all are asked: 8
     assert (stopped / "stopped").exists()
-    assert job.run(2, "radit", config(), stopped, **how) == [0, 0]
+    assert job.run(2, "radit", config(), stopped, **layout) == [0, 0]
     assert log_of(stopped) == log_of(whole)                          # bit for bit
     assert not (stopped / "stopped").exists()
     identical(stopped, whole)
@@ -152,8 +153,8 @@ def test_the_running_statistics_are_of_the_whole_batch(tmp_path):
 def test_in_bfloat16_fsdp_agrees_with_ddp(tmp_path):
     """FSDP's bfloat16 weights are what autocast makes of DDP's float32 ones; moments and EMA stay float32."""
     cfg = config(images=64, save_every=8)
-    for name, how in (("ddp", {}), ("fsdp", {"sharded": True})):
-        assert job.run(2, "radit", cfg, tmp_path / name, bf16=True, **how) == [0, 0]
+    for name, layout in (("ddp", {}), ("fsdp", {"sharded": True})):
+        assert job.run(2, "radit", cfg, tmp_path / name, bf16=True, **layout) == [0, 0]
     same(tmp_path / "fsdp", tmp_path / "ddp", 2e-3)
     assert {tensor.dtype for tensor in state_of(tmp_path / "fsdp").values()} == {torch.float32}
 

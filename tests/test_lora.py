@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch
 import torch
 
-import vae
 from autoencoder import lora
 from autoencoder.load import copy_vae, load_vae
 from common import cli, hub
@@ -68,8 +67,8 @@ def test_training_starts_at_the_base_and_moves_only_the_adapters(base):
     reconstruction = model(x, noise)[0]                              # in eval mode
     lora.add(model, rank=4, alpha=8)
     assert torch.equal(model.eval()(x, noise)[0], reconstruction)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == sum(p.numel() for a in lora.adapters(model).values() for p in (a.A, a.B))
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learnt) == sum(p.numel() for a in lora.adapters(model).values() for p in (a.A, a.B))
     average = copy.deepcopy(model)                                   # as the training loop does
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     model.train()
@@ -83,8 +82,9 @@ def test_training_starts_at_the_base_and_moves_only_the_adapters(base):
     assert losses[-1] < losses[0]
     assert all(a.A.abs().max() > 0 and a.B.abs().max() > 0 for a in lora.adapters(model).values())
     assert torch.equal(average.eval()(x, noise)[0], reconstruction)  # the copy did not move
-    after = {name.replace("parametrizations.weight.original", "weight"): tensor for name, tensor in bits(model).items()}
-    assert all(torch.equal(after[name], before[name]) for name in before)  # encoder, statistics, counter and the frozen W
+    after = {name.replace("parametrizations.weight.original", "weight"): tensor
+             for name, tensor in bits(model).items()}
+    assert all(torch.equal(after[name], before[name]) for name in before)  # encoder, statistics, frozen W
 
 
 @torch.no_grad()
@@ -136,7 +136,8 @@ def test_another_base_or_damaged_adapters_are_refused(base, tmp_path):
     torch.manual_seed(5)
     hub.save_model(RadVAE(model.config), tmp_path / "other")
     refused("trained on the base .* and this one is", tmp_path / "other")
-    about, tensors = json.loads((folder / "lora.json").read_text()), safetensors.torch.load_file(folder / "lora.safetensors")
+    about = json.loads((folder / "lora.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "lora.safetensors")
     for change in ({"rank": 0}, {"rank": "many"}, {"alpha": None}):
         (folder / "lora.json").write_text(json.dumps(about | change))
         refused("damaged")

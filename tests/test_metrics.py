@@ -291,8 +291,8 @@ def test_a_model_that_copies_is_found(tmp_path, command, encoder, split):
     for record in records[1::6]:
         record["patient"] = "p0"                                     # a training patient
     write_index(real, records)
-    trained = [record["path"] for record in records if record["split"] == "train"]
-    fake = noisy_copies(real, trained, tmp_path / "copies")
+    training_paths = [record["path"] for record in records if record["split"] == "train"]
+    fake = noisy_copies(real, training_paths, tmp_path / "copies")
     arguments = ["--encoder", encoder, "--train", real, "--json", tmp_path / "m.json", *split]
     status, output, errors = command("metrics.py", real, fake, *arguments)
     assert status == 0, errors
@@ -302,14 +302,14 @@ def test_a_model_that_copies_is_found(tmp_path, command, encoder, split):
     assert report["held_out"]["left_out"] == (10 if split else 30) and "look at them for copies" in output
     # One training image under another name and format, and a model that does not copy.
     other = pictures(tmp_path / "other", 30, 5)
-    shutil.copy(real / trained[0], other / "000.png")
+    shutil.copy(real / training_paths[0], other / "000.png")
     status, output, errors = command("metrics.py", real, other, *arguments)
     assert "WARNING: 1 of 30 synthetic images are files of the training images" in output
     assert json.loads((tmp_path / "m.json").read_text())["memorisation"]["synthetic"]["below"] < 0.2
     # Real images that are all training images: refused before anything is measured.
     only = tmp_path / "only"
     (only / "images").mkdir(parents=True)
-    for path in trained:
+    for path in training_paths:
         shutil.copy(real / path, only / path)
     status, output, errors = command("metrics.py", only / "images", fake, "--encoder", encoder, "--train", real)
     assert status == 2 and "0 of 20 real images" in errors and "memorisation needs held-out images" in errors
@@ -336,10 +336,10 @@ def test_any_folder_with_subfolders_and_dicom(tmp_path, command, encoder):
 
 def test_sets_the_wrong_way_round_are_noticed(tmp_path, command, encoder):
     real, fake = pictures(tmp_path / "real", 8, 0), pictures(tmp_path / "fake", 8, 1)
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Synthetic", "yes")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Synthetic", "yes")
     for path in fake.iterdir():
-        Image.open(path).save(path, pnginfo=mark)
+        Image.open(path).save(path, pnginfo=info)
     status, output, errors = command("metrics.py", fake, real, "--encoder", encoder)
     assert status == 2 and "8 of 8 real images say that they are synthetic" in errors and not output
     assert command("metrics.py", real, fake, "--encoder", encoder)[0] == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 import data
 import radit
@@ -30,7 +30,7 @@ def saved_bytes(cfg, images, kept, bf16):
         if kept == "compiled":
             block.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # what inductor keeps, without its code
         if kept == "recomputed":
-            block.forward = (lambda forward: lambda *x: checkpoint(forward, *x, use_reentrant=False))(block.forward)
+            block.forward = (lambda forward: lambda *x: recompute(forward, *x, use_reentrant=False))(block.forward)
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     storages, alive = {}, []
 

@@ -173,8 +173,8 @@ def test_a_source_is_harmonised_by_hand(tmp_path, make):
         assert (tmp_path / "out" / record.pop("path")).is_file()
     assert records == [e for e in expected if isinstance(e, dict)]
     assert len({(r["patient"], r["split"]) for r in records}) == len({r["patient"] for r in records})
-    written = (tmp_path / "out/index.csv").read_text() + (tmp_path / "out/rejected.csv").read_text()
-    assert "secret" not in written
+    tables = (tmp_path / "out/index.csv").read_text() + (tmp_path / "out/rejected.csv").read_text()
+    assert "secret" not in tables
     assert [row["reason"] for row in csv.DictReader(open(tmp_path / "out/rejected.csv"))] == [e for e in expected
                                                                                               if isinstance(e, str)]
     # Without touching images, every row of the tables is in the index.

@@ -25,7 +25,7 @@ from common.cli import InputError, RunError
 from encoders import perceptual, raddino
 from radiographs import fields
 from training import checkpoint, log
-from training.examples import Examples, made_up_metadata
+from training.examples import Examples, synthetic_metadata
 from training.randomness import RandomNumbers, batches
 
 
@@ -178,11 +178,11 @@ def test_examples_keep_to_the_values_of_their_data_set_and_to_the_label_policy()
               for age in range(50, 90) for edema, none in (("positive", "negative"), ("negative", "positive"))]
     for record in adults:
         record["view"] = "PA" if record["age"] % 2 else "AP"
-    made = made_up_metadata(children + adults, seed=3)
-    assert made == made_up_metadata(children + adults, seed=3) and len(made) == 64
+    made = synthetic_metadata(children + adults, seed=3)
+    assert made == synthetic_metadata(children + adults, seed=3) and len(made) == 64
     assert all(example["dataset"] == "b" for example in made)  # every combination of the children is a row of theirs
     assert not any(example.get("edema") == "positive" and example.get("no_finding") == "positive" for example in made)
-    assert made_up_metadata([{}], seed=0) == []
+    assert synthetic_metadata([{}], seed=0) == []
 
 
 def test_the_learning_rate_falls_with_the_width(tmp_path, few_phantoms, command, monkeypatch):

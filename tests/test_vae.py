@@ -254,7 +254,7 @@ def test_every_field_of_a_config_is_checked(name, values, accepted):
 
 def test_starts_with_a_narrow_posterior():
     torch.manual_seed(0)
-    logvar = RadVAE(VAEConfig(1, 8, (16, 32, 64, 128), 1, 8)).moments(torch.randn(2, 1, 64, 64))[1]
+    logvar = RadVAE(VAEConfig(1, 8, (16, 32, 64, 128), 1, 8)).encode_raw(torch.randn(2, 1, 64, 64))[1]
     assert -6 < logvar.mean() < -4
 
 

@@ -63,7 +63,7 @@ def metadata(record):
     return {field: record[field] for field in fields.FIELDS if field in record}
 
 
-def made_up_metadata(records, seed):
+def synthetic_metadata(records, seed):
     """At most EXAMPLES combinations of metadata like those of the records, none of which is one of theirs."""
     rng = random.Random(seed)
     seen = {tuple(metadata(record).items()) for record in records}

@@ -34,13 +34,14 @@ class Log:
         which gets `settings` to show beside the curves."""
         self.path, self.plot, self.cfg, self.flops, self.seen = out / "log.jsonl", out / "loss.png", cfg, flops, seen
         self.history, self.first, self.bar, self.report = read_log(self.path, seen), True, None, None
-        self.begun = self.said = time.perf_counter()                 # start of the interval, time of the last line
+        self.begun = self.line_time = time.perf_counter()                 # start of the interval, time of the last line
         self.seen_before = seen                                      # images seen when the interval began
         if parallel.rank == 0:
             self.report = open_logger(logger, out, settings)
             self.bar = tqdm(total=cfg.images, initial=seen, unit="image", unit_scale=True, disable=None, leave=False)
 
-    def say(self, text):
+    def log(self, text):
+        """A line of text, from the first process."""
         if parallel.rank == 0:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
@@ -54,12 +55,12 @@ class Log:
             self.first = False
             value = loss.item()
             elapsed = time.perf_counter() - self.begun
-            self.say(f"first step done after {elapsed:.1f} s, compilation included: loss {value:.4g}")
+            self.log(f"first step done after {elapsed:.1f} s, compilation included: loss {value:.4g}")
             self.begun, self.seen_before = time.perf_counter(), seen
-        elif time.perf_counter() - self.said > MINUTE:
-            self.said = time.perf_counter()
+        elif time.perf_counter() - self.line_time > MINUTE:
+            self.line_time = time.perf_counter()
             speed = self.images_per_second()
-            self.say(f"images {seen:,} of {self.cfg.images:,} | {self.cfg.batch / speed:.3g} s a step, "
+            self.log(f"images {seen:,} of {self.cfg.images:,} | {self.cfg.batch / speed:.3g} s a step, "
                      f"{self.left(speed)}")
 
     def images_per_second(self):
@@ -92,9 +93,9 @@ class Log:
             numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
             if self.report:
                 self.report(numbers, entry["images"])
-            self.say(f"images {entry['images']:,} " + " ".join(f"{key} {value:.4g}" for key, value in numbers.items()
+            self.log(f"images {entry['images']:,} " + " ".join(f"{key} {value:.4g}" for key, value in numbers.items()
                                                                if key not in SPEED) + self.speed_in_words(entry))
-        self.begun = self.said = time.perf_counter()
+        self.begun = self.line_time = time.perf_counter()
         self.seen_before = self.seen
 
     def close(self):

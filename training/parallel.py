@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from common.cli import InputError, pick_device
 from common.cli import locked as locked_folder
@@ -242,7 +242,7 @@ def set_up(model, averages, bf16, compiled, recomputed, sharded):
     for block in compiled:
         block.forward = torch.compile(block.forward, fullgraph=True)
     for block in recomputed:  # nothing in a block is random, so no state of a generator has to be kept
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not sharded:
         return replicate(model), emas, None
     shard(model, sharded, bf16)

@@ -54,9 +54,9 @@ def kept_by_block(cfg, kept, bf16=True):
 def kept_outside(cfg, bf16=True):
     """Bytes kept by the first and last layer, an image: the patches, and norm, modulation and product of the output.
     The vectors of time and metadata, one an image, are left out."""
-    cells = cfg.channels * cfg.patch ** 2
+    patch_dim = cfg.channels * cfg.patch ** 2
     wide = 8 if bf16 else 12                                         # bytes: three D-wide tensors, norm's in float32
-    return cfg.tokens * (wide * cfg.width + (2 if bf16 else 4) * cells)
+    return cfg.tokens * (wide * cfg.width + (2 if bf16 else 4) * patch_dim)
 
 
 def activations(cfg, images, kept, bf16=True):
