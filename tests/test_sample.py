@@ -206,7 +206,7 @@ def test_weights_that_do_not_fit_together_are_refused(weights, tmp_path):
     shutil.copytree(weights, tmp_path / "w")
     config = json.loads((tmp_path / "w/radit/config.json").read_text())
     (tmp_path / "w/radit/config.json").write_text(json.dumps(config | {"vae": ""}))
-    with pytest.raises(cli.InputError, match="radit.*(8 channels|vae)"):
+    with pytest.raises(cli.InputError, match="made for 8 channels but names no VAE"):
         sample.load_weights(tmp_path / "w")
 
 
