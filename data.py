@@ -41,7 +41,7 @@ from radiographs.pixels import Rejected, is_synthetic, load_image, read_radiogra
 from radiographs.progress import Progress
 from radiographs.tags import dicom_tags
 
-CHUNK = 1024  # images between two moments from which an interrupted run continues
+CHUNK = 1024  # images between two saves of the progress, from which an interrupted run continues
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -49,11 +49,12 @@ CHUNK = 1024  # images between two moments from which an interrupted run continu
 
 def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False, labels=None, table=None, coding=None,
             used_bits=None):
-    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv; returns the counts taken, rejected, missing,
-    and synthetic: how many of those taken say that they are, if any. Raises RunError if no image is taken.
+    """Turns a source into OUT/index.csv, OUT/images and OUT/rejected.csv. Returns the counts of images "taken",
+    "rejected", "missing" and, if there are any, "synthetic": how many of those taken are marked as synthetic in their
+    file. Raises RunError if no image is taken.
 
-    Rows are written in the source's order, whatever the number of workers. The same command after an interruption goes
-    on where it was (radiographs/progress.py).
+    Rows are written in the source's order, whatever the number of workers. After an interruption the same command
+    continues where it was (radiographs/progress.py).
     """
     root, out, table = Path(root), Path(out), Path(table) if table else None
     check_places(root, out)
@@ -70,7 +71,7 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     counts, checksum = survey(harmonise(source, download, labels, table, coding), labels)
     report(counts, source, download, labels, table, metadata_only)
 
-    # The workers start before the folder is locked: a process that starts later would hold the lock as well.
+    # The workers start before the folder is locked: a process started later would inherit the lock.
     with worker_pool(min(workers, counts["all"])) as work, locked(out):
         (out / "images").mkdir(exist_ok=True)
         pseudonym = pseudonymiser(out) if source == "folder" else None
@@ -98,11 +99,15 @@ def prepare(source, root, out, size=512, bits=8, workers=1, metadata_only=False,
     if not progress.counts["taken"]:
         raise RunError(f"no image was taken: {progress.counts['rejected']} rejected (see {rejected}), "
                        f"{progress.counts['missing']} in the tables but not there")
-    return Counter({key: count for key, count in progress.counts.items() if count or key != "synthetic"})
+    counts = Counter(progress.counts)
+    if not counts["synthetic"]:
+        del counts["synthetic"]
+    return counts
 
 
 def rejected_path(source, out):
-    """Where the rejected files stand: those of a hospital beside OUT, which is passed on, for paths may hold names."""
+    """The table of rejected files. A hospital's lies beside OUT, not in it: OUT may be passed on, and the paths in the
+    table may hold patients' names."""
     return out.with_name(out.name + ".rejected.csv") if source == "folder" else out / "rejected.csv"
 
 
@@ -110,13 +115,14 @@ def check_places(root, out):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     if out.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{out} lies inside {root}, whose images it would become; name a folder outside")
+        raise InputError(f"{out} lies inside {root}, so its images would be read as the source's; name a folder "
+                         "outside")
     if root.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out} lies around {root} and would be written over; name a folder outside")
+        raise InputError(f"{out} lies around {root}, whose files could be overwritten; name a folder outside")
 
 
 def file_checksum(path):
-    """What tells one table from another, whatever its name; None for no table."""
+    """Sixteen hex digits that change with a table's content, not with its name; None for no table."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -126,12 +132,12 @@ def file_checksum(path):
 
 
 def check_settings(out, settings):
-    """Refuses a folder that was prepared, or half prepared, in another way: the two would mix."""
+    """Refuses a folder that was prepared, or half prepared, with other settings: the two would mix."""
     before = settings
     if (out / "prepared.json").exists():
         before = read_json(out / "prepared.json")
     elif (out / "progress.json").exists():
-        with contextlib.suppress(InputError):  # a damaged one is begun anew
+        with contextlib.suppress(InputError):  # a damaged file counts as none
             saved = read_json(out / "progress.json").get("settings")
             before = saved if isinstance(saved, dict) else settings
     for key, value in settings.items():
@@ -141,7 +147,7 @@ def check_settings(out, settings):
 
 
 def report(counts, source, download, labels, table, metadata_only):
-    """Says what was found before the work begins; raises RunError if that is nothing."""
+    """Prints what was found, before the work begins; raises RunError if nothing was."""
     if labels:
         print(f"labels: {len(labels)} names, of which {counts['labelled']} are images of {download.root}")
     if table:
@@ -159,12 +165,12 @@ def report(counts, source, download, labels, table, metadata_only):
 
 
 def prepare_chunk(chunk, work, out, pseudonym, settings):
-    """Prepares the images of (file, record) pairs, in parallel; yields file, record as the index holds it, the reason
-    why the image was not taken or None, and whether it says that it is synthetic."""
+    """Prepares the images of (file, record) pairs, in parallel. Yields for each the file, the record as the index holds
+    it, the reason why the image was rejected or None, and whether the file is marked as synthetic."""
     tagged, without_images = settings["source"] in TAGGED, settings["metadata_only"]
     jobs = []
     for file, record in chunk:
-        job = None  # nothing to do with a file
+        job = None  # no file to read
         if file and "reject_reason" not in record and (tagged or not without_images):
             name = pseudonym(record["name"]) if pseudonym else record["name"]
             target = None if without_images else out / f"images/{name}.png"
@@ -177,8 +183,8 @@ def prepare_chunk(chunk, work, out, pseudonym, settings):
 
 
 def prepare_image(job):
-    """Reads, resizes and writes one image, or with target None only reads its tags. Returns the reason why it was not
-    taken or None, whether it says that it is synthetic (which the prepared PNG then says too), and its tags."""
+    """Reads, resizes and writes one image, or only reads its tags if target is None. Returns the reason why it was
+    rejected or None, whether it is marked as synthetic (the prepared PNG then is as well), and its tags."""
     file, target, size, bits, used_bits, tagged = job
     found = dicom_tags(file) if tagged else {}
     if target is None or "reject_reason" in found:
@@ -196,7 +202,7 @@ def prepare_image(job):
 
 
 class Radiographs(torch.utils.data.Dataset):
-    """The images of prepared sources, as (1, H, W) float32 in [-1, 1]; `records` holds what is known of each."""
+    """The images of prepared sources, as (1, H, W) float32 in [-1, 1]; `records` holds the metadata of each."""
 
     def __init__(self, folders, split=None):
         self.records, sizes = [], {}
@@ -219,7 +225,7 @@ class Radiographs(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What there is
+# Statistics
 
 def statistics(folders):
     """(field, value) -> Counter of data sets, over the rows of prepared sources; ages in decades."""
@@ -248,7 +254,7 @@ def print_statistics(table):
 
 
 def plot_statistics(table, path):
-    """One panel a field, one bar a value, stacked by data set."""
+    """One panel for each field, one bar for each value, stacked by data set."""
     datasets = sorted({name for counts in table.values() for name in counts})
     figure = Figure(figsize=(20, 12), layout="constrained")
     for axes, field in zip(figure.subplots(4, 5).flat, FIELDS):
@@ -274,10 +280,10 @@ def main():
     p.add_argument("source", choices=SOURCES, help="one of %(choices)s; folder is any folder of DICOM, PNG or JPEG")
     p.add_argument("root", type=new_path, help="the folder below which its archives were unpacked")
     p.add_argument("out", type=new_path, help="a new folder; the same command again continues what was interrupted")
-    p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels a side; %(default)s")
+    p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels on each side; %(default)s")
     p.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bits of each output pixel, %(default)s")
     p.add_argument("--used-bits", type=integer(8, 16), help="how many bits of 16-bit files the source uses, such as 12")
-    p.add_argument("--workers", type=integer(1, 1024), default=os.cpu_count(), help="processes, one a core by default")
+    p.add_argument("--workers", type=integer(1, 1024), default=os.cpu_count(), help="processes; one for each core")
     p.add_argument("--metadata-only", action="store_true", help="an index of all rows of the tables, without images")
     p.add_argument("--labels", type=new_path, help="a CSV of labels by image name, for a source that has reports only")
     p.add_argument("--table", type=new_path,
@@ -286,7 +292,7 @@ def main():
                                                      "012 unknown, negative and positive")
     p = commands.add_parser("stats", help="count every value of every field, by data set")
     p.add_argument("prepared", nargs="+", type=new_path)
-    p.add_argument("--out", type=new_path, help="the same as a picture, a PNG")
+    p.add_argument("--out", type=new_path, help="plot the counts into this PNG file")
     args = parser.parse_args()
     if args.command == "stats":
         table = statistics(args.prepared)

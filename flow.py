@@ -27,7 +27,8 @@ def shift_time(t, shift):
 
 def sample_times(count, shift, generator):
     """Training times, (count,), logit-normal and shifted. They are stratified: the distribution is cut into `count`
-    parts of equal probability, with one time from each: every batch then covers all times, and its loss varies less."""
+    parts of equal probability and one time is taken from each, so that every batch covers all times and its loss
+    varies less."""
     uniform = torch.rand(count, generator=generator, device=generator.device)
     quantile = (torch.arange(count, device=uniform.device) + uniform) / count
     return shift_time(torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6)).sigmoid(), shift)
@@ -42,8 +43,8 @@ def to_velocity(output, x, t, prediction):
     """The velocity (N C H W) that a network's output stands for, at x (N C H W) and t (N,)."""
     if prediction == "velocity":
         return output
-    # Near t = 1 the division would amplify the network's error without bound: from t = 0.95 on it stays at 1 / 0.05, in
-    # the loss's target too (Li and He 2025). The last steps then stop a little short of the predicted data.
+    # Near t = 1 the division would amplify the network's error without bound. So from t = 0.95 on the divisor stays
+    # 0.05, in the loss's target too (Li and He 2025); sampling then ends a little short of the predicted data.
     return (output - x) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
 
 
@@ -63,8 +64,8 @@ def guidance_active(t, weight, interval):
 
 def classifier_free_guidance(predict, condition, null, weight, prediction="velocity", interval=(0, 1)):
     """velocity(x, t) under guidance. predict(x, t, *condition) is the network; `condition` and `null` are tuples of
-    tensors (N, ...). Both branches run in one batch of 2N. With weight 1, or for t outside the interval (which includes
-    both its ends), the null branch does not run at all."""
+    tensors (N, ...). Both branches run in one batch of 2N. With weight 1, or for t outside the interval, whose ends
+    belong to it, the null branch does not run at all."""
     both = [torch.cat(pair) for pair in zip(condition, null)]        # 2N ...
 
     def velocity(x, t):                                              # N C H W, float
@@ -80,7 +81,7 @@ def classifier_free_guidance(predict, condition, null, weight, prediction="veloc
 
 
 def count_network_calls(times, solver, weight, interval=(0, 1)):
-    """How many times the network runs for one image: once for each velocity, twice where guidance is active."""
+    """How many times the network runs for one image: once for each velocity, or twice where guidance is active."""
     calls = 0
     for start, end in zip(times[:-1], times[1:]):
         for t in (start, end) if solver == "heun" else (start,):     # the times at which a step asks for a velocity
@@ -91,8 +92,8 @@ def count_network_calls(times, solver, weight, interval=(0, 1)):
 def integrate(velocity, x, times, solver="euler", report=None):
     """Follows dx/dt = velocity(x, t) through `times`: from noise to data for rising times, back for falling ones.
 
-    Returns x at times[-1] and the number of velocity evaluations: one a step for "euler" (first order), two for
-    "heun" (second order). Where guidance is active, one evaluation runs the network on both branches.
+    Returns x at times[-1] and the number of velocity evaluations: one for each step of "euler" (first order), two for
+    each step of "heun" (second order). Where guidance is active, one evaluation runs the network on both branches.
     `report()` is called after every evaluation.
     """
     evaluations = 0

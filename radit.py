@@ -65,8 +65,8 @@ class RadiTConfig:
         check.kind(self, str, "vae")
         if any(side % self.patch for side in self.grid):
             check.refuse(self, "grid", f"two multiples of the patch, {self.patch}")
-        if self.width % (4 * self.heads):  # RoPE turns pairs, half of them by the row and half by the column
-            check.refuse(self, "heads", f"a number of which four times divides the width, {self.width}")
+        if self.width % (4 * self.heads):  # RoPE rotates pairs, half of them by the row, half by the column
+            check.refuse(self, "heads", f"a number such that 4 x heads divides the width, {self.width}")
         # 8/3 D, so that SwiGLU's three matrices cost what an MLP's two of 4 D do; rounded up for the matrix units.
         step = 64 if self.width < 512 else 128
         self.hidden = self.hidden or math.ceil(self.width * 8 / 3 / step) * step
@@ -97,7 +97,7 @@ class MetadataEmbedding(nn.Module):
         super().__init__()
         sizes = {name: len(datasets if name == "dataset" else VALUES[name]) for name in CODED}
         self.tables = nn.ModuleDict({name: nn.Embedding(1 + size, width) for name, size in sizes.items()})
-        self.age = ScalarEmbedding(width, shortest=20, longest=400)  # years: neighbouring ages look alike
+        self.age = ScalarEmbedding(width, shortest=20, longest=400)  # years: close ages get similar vectors
         self.age_unknown = nn.Parameter(torch.zeros(width))
 
     def forward(self, age, codes):                                   # N, N 18
@@ -110,7 +110,7 @@ class MetadataEmbedding(nn.Module):
 
 
 def rope_angles(rows, columns, head_width, device):
-    """Angles (T, head_width / 2): the first half turns with the row, the second with the column."""
+    """Angles (T, head_width / 2): the first half grows with the row of a token, the second with its column."""
     frequencies = 100.0 ** -torch.arange(0, 1, 4 / head_width, device=device)    # head_width / 4
     y = torch.arange(rows, device=device)[:, None, None] * frequencies           # rows 1 head_width/4
     x = torch.arange(columns, device=device)[None, :, None] * frequencies        # 1 columns head_width/4
@@ -119,7 +119,7 @@ def rope_angles(rows, columns, head_width, device):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i + d/2}) of the last dimension by its angle. cos, sin (T 1 d/2)."""
+    """Rotates each pair (x_i, x_{i + d/2}) of the last dimension by its angle. cos, sin (T 1 d/2)."""
     a, b = x.chunk(2, -1)                                            # N T h d/2 each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)     # N T h d
 
@@ -129,7 +129,8 @@ def modulate(x, shift, scale):                                       # N T D, N 
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, for autocast on a CPU: it leaves the weight in float32, with which torch's fused kernel is not used."""
+    """torch's RMSNorm with its weight cast to the input's type. Autocast leaves the weight in float32, and torch has no
+    fused kernel for an input in bfloat16 with a weight in float32."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -190,7 +191,7 @@ class RadiT(nn.Module):
         x = self.embed(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # N T D
         c = F.silu(self.time(t) + self.metadata(age, codes))         # N D
         angles = rope_angles(rows, columns, self.config.width // self.config.heads, x.device)
-        cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # T 1 d/2 each, alike for all heads
+        cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # T 1 d/2 each, for all heads
         for block in self.blocks:
             x = block(x, c, cos, sin)                                # N T D
         shift, scale = self.final_adaln(c)[:, None].chunk(2, -1)     # N 1 D
@@ -199,11 +200,11 @@ class RadiT(nn.Module):
 
 
 def drop_metadata(age, codes, random):
-    """Dropout for classifier-free guidance: one image in ten loses all fields; half of the images lose each field
-    with a probability that is itself random, one for each image.
+    """Dropout for classifier-free guidance. One image in ten loses all its fields. Half of the images lose each field
+    with a probability that is itself random, uniform in [0, 1) and one for each image.
 
-    Guidance's null branch needs the first. Because the second's probabilities range from 0 to 1, the model also learns
-    to sample from only one or two known fields, as people mostly ask.
+    The first rule trains guidance's null branch. The second trains the model for requests that name only one or two
+    fields, as most do.
     random: uniform numbers (N, 22). Returns new (age, codes).
     """
     everything, some, rate = random[:, 0] < 0.1, random[:, 1] < 0.5, random[:, 2]  # N each
@@ -227,7 +228,7 @@ def count_parameters(cfg):
 def count_flops(cfg):
     """Operations (FLOPs) of one image's forward pass, two for each multiply-add; training takes three times as many.
 
-    Matrix products only. adaLN, time and metadata count once for each image, the rest once for each token.
+    Matrix products only. Those of adaLN, time and metadata run once for each image, the others once for each token.
     """
     d, t, patch_dim = cfg.width, cfg.tokens, cfg.channels * cfg.patch ** 2
     once = 2 * (256 * d + d * d) + cfg.depth * 6 * d * d + 2 * d * d

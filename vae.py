@@ -7,13 +7,14 @@
     loss = Charbonnier(x, x̂) + w_ssim (1 - SSIM(x, x̂)) + w_kl KL(q(z|x) || N(0, I)) + w_p perceptual(x, x̂)
 
 Source: black-forest-labs FLUX.2 (Apache-2.0 weights), as AutoencoderKLFlux2 in diffusers, whose tensor names are
-kept; grey images need one channel where FLUX.2 has three. KL and SSIM are those of the papers: Kingma and Welling
-2014, Wang et al. 2004 (11x11 Gaussian window, sigma 1.5).
-Conventions: images are grey, (N 1 H W) in [-1, 1]; a VAE of three channels sees them three times and gives the mean of
-its three. encode() returns the mean and log-variance of the *normalised, patchified* latent; sample with
-mean + exp(log-variance / 2) * noise, decode() takes the same space. Normalisation lives nowhere else.
+kept; grey images need one channel where FLUX.2 has three. KL as in Kingma and Welling 2014, SSIM as in Wang et al.
+2004 (11x11 Gaussian window, sigma 1.5).
+Conventions: images are grey, (N 1 H W) in [-1, 1]. In a VAE of three channels all three get the grey image, and the
+mean of the three it returns is the result. encode() returns the mean and log-variance of the *normalised, patchified*
+latent, z = mean + exp(log-variance / 2) noise is a sample of it, and decode() takes such a z. Latents are normalised
+nowhere else.
 
-Trained by train.py; autoencoder/ loads what train.py or Black Forest Labs wrote, and caches latents.
+train.py trains it; autoencoder/ loads it, or FLUX.2's published weights, and caches latents.
 """
 from dataclasses import dataclass
 
@@ -118,8 +119,10 @@ class Level(nn.Module):
     def forward(self, x):                                            # N c_in h w
         for resnet in self.resnets:
             x = resnet(x)                                            # N c_out h w
-        for resample in getattr(self, "downsamplers", None) or getattr(self, "upsamplers", ()):
-            x = resample(x)                                          # N c_out h/2 w/2 or 2h 2w
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)                              # N c_out h/2 w/2
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x)                                # N c_out 2h 2w
         return x
 
 
@@ -170,7 +173,7 @@ def unpatchify(z):
     return rearrange(z, "n (c p q) h w -> n c (h p) (w q)", p=2, q=2)
 
 
-# Pixels that encode() and decode() work on at a time, in whole images: four of 128x128 stay in a CPU's caches, which
+# Pixels that encode() and decode() work on at a time, in whole images: four images of 128x128 fit into a CPU's caches,
 # sixteen do not.
 SLICE = 2 ** 16
 
@@ -185,7 +188,8 @@ class RadVAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
         self.bn = nn.BatchNorm2d(4 * c, eps=1e-4, momentum=0.01, affine=False)  # only its running statistics are used
-        # A posterior that starts with variance 1 drowns the signal, and a narrow model never recovers: start at e^-5.
+        # A posterior that starts with variance 1 hides the image in noise, and a narrow model may never learn from it:
+        # start with the variance e^-5.
         nn.init.constant_(self.quant_conv.bias[c:], -5.0)
 
     def encode_raw(self, x):                                         # N 1 H W in [-1, 1]
@@ -196,8 +200,9 @@ class RadVAE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of the normalised latent: each (N, 4c, h, w)."""
-        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images, all of which GroupNorm sees
-        mean, logvar = (torch.cat(half) for half in zip(*map(self.encode_raw, slices)))  # N 4c h w each
+        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images, as GroupNorm needs them
+        encoded = [self.encode_raw(part) for part in slices]
+        mean, logvar = (torch.cat(parts) for parts in zip(*encoded))  # N 4c h w each
         variance = (self.bn.running_var + self.bn.eps)[:, None, None]
         return (mean - self.bn.running_mean[:, None, None]) / variance.sqrt(), logvar - variance.log()
 
@@ -213,8 +218,8 @@ class RadVAE(nn.Module):
         return x.mean(1, keepdim=True)                               # N 1 H W
 
     def forward(self, x, noise):
-        """One training pass: reconstruction, mean, log-variance (raw). The means of a whole batch then go through bn,
-        which updates the running statistics."""
+        """One training pass: reconstruction, mean, log-variance (raw). After it, the training loop passes the means of
+        the whole batch through bn, which updates the running statistics."""
         mean, logvar = self.encode_raw(x)                               # N 4c h w
         z = mean + (0.5 * logvar).exp() * noise                      # N 4c h w
         return self.decode_raw(z), mean, logvar
@@ -224,7 +229,8 @@ class RadVAE(nn.Module):
 # The loss, and the two measures of a reconstruction
 
 def ssim(x, y, data_range=2.0):
-    """Mean structural similarity of each image, (N,), for x, y (N, 1, H, W) with values `data_range` apart at most."""
+    """Mean structural similarity of each image, (N,), of x, y (N, 1, H, W), whose values differ by at most
+    `data_range`."""
     offsets = torch.arange(-5, 6, device=x.device, dtype=x.dtype)
     window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
     window = window / window.sum()
@@ -246,8 +252,8 @@ def psnr(x, y, data_range=2.0):
 
 def vae_loss(x, reconstruction, mean, logvar, ssim_weight=0.1, kl_weight=3e-4, encoder=None,
              perceptual_weight=PUBLISHED_WEIGHT):
-    """The training loss of a batch and its terms, each a mean over pixels or latent elements; in float32. With an
-    encoder of encoders/raddino.py there is a perceptual term as well (encoders/perceptual.py)."""
+    """The training loss of a batch and a dict of its terms, each a mean over pixels or latent elements, in float32.
+    With an `encoder` (encoders/raddino.py) there is a perceptual term too (encoders/perceptual.py)."""
     with torch.autocast(x.device.type, enabled=False):  # SSIM subtracts nearly equal numbers
         x, reconstruction, mean, logvar = x.float(), reconstruction.float(), mean.float(), logvar.float()
         charbonnier = ((x - reconstruction).square() + 1e-6).sqrt().mean()

@@ -94,7 +94,7 @@ def check_command(args):
         records = [patients.close_world(record) for record in records]
     known = [patients.covered_part(model, record) for record in records]
     places = patients.to_places(model, known, range(len(known)))
-    print(f"{len(records):,} rows (test); {patients.count_uncovered(model, records):,} values that training never held "
+    print(f"{len(records):,} rows (test); {patients.count_not_covered(model, records):,} values that training never held "
           "count as unknown")
     patients.print_calibration(patients.calibration(model, places))
     for name, (equal, total, years) in patients.check(model, places).items():
@@ -113,8 +113,8 @@ def sample_command(args):
 def counterfactual_command(args):
     model = patients.load(args.model)
     do, records = patients.parse_do(args.do, model), read_index(args.rows)
-    if uncovered := patients.count_uncovered(model, records):
-        print(f"{uncovered:,} values that the model's training never held count as unknown and stay as they are")
+    if not_covered := patients.count_not_covered(model, records):
+        print(f"{not_covered:,} values that the model's training never held count as unknown and stay as they are")
     records = patients.counterfactual(model, records, do, args.seed)
     cli.write_csv(args.out, COLUMNS, map(index_row, records))
     print(f"{len(records):,} rows in {args.out}")

@@ -195,8 +195,8 @@ def cohort_command(args):
     records, changed = zip(*(fields.resolve_request(record | given) for record in records))
     notes += sorted(set(itertools.chain(*changed)))[:5]
     covered = fields.only_covered(records, cfg.covered)
-    if uncovered := sum(map(len, records)) - sum(map(len, covered)):
-        notes.append(f"{uncovered:,} of {sum(map(len, records)):,} values were not covered in the training of these "
+    if not_covered := sum(map(len, records)) - sum(map(len, covered)):
+        notes.append(f"{not_covered:,} of {sum(map(len, records)):,} values were not covered in the training of these "
                      "weights and stay unknown")
     for note in notes:
         print(note)

@@ -53,7 +53,7 @@ def covered_part(model, record):
     return {name: record[name] for name in model.names if name in record and covers(model, name, record[name])}
 
 
-def count_uncovered(model, records):
+def count_not_covered(model, records):
     """How many values of the model's variables its training data never held."""
     return sum(name in record and not covers(model, name, record[name]) for record in records for name in model.names)
 

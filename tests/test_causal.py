@@ -411,7 +411,7 @@ def test_values_that_the_model_does_not_cover_are_unknown_to_it_and_stay(small):
     for do in ({"race": "black"}, {"cardiomegaly": "positive"}):
         known, unknown = (patients.counterfactual(small, [r], do)[0] for r in (record, without))
         assert known == {"age": 118.0, "dataset": "kermany"} | unknown
-    assert patients.count_uncovered(small, [record, without]) == 1   # the model has no dataset
+    assert patients.count_not_covered(small, [record, without]) == 1   # the model has no dataset
 
 
 def test_a_row_has_one_counterfactual_in_any_batch(small):
