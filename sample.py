@@ -5,11 +5,11 @@
     python sample.py --metadata table.csv --out out/cohort        one image a row; python -m causal cohort writes some
     torchrun --nproc_per_node=8 sample.py --out DIR ...           the same images, shared among GPUs
 
-Image i depends on its metadata and on the seed SEED + i alone: in any batch the same image comes out, to rounding.
-Fields that are not given are unknown to the model; with none given at all, each image takes the metadata of an example
-that the weights bring along. A value that the training data never covered is refused. Every file says that it is
-synthetic. Without --out the images get a new folder, out/sample-1, out/sample-2 and so on. With --out, the same command
-again continues what was interrupted, to the same bytes; a folder that another command filled is refused.
+Image i depends on its metadata and on the seed SEED + i alone: it is the same in any batch, to rounding. Fields that
+are not given are unknown to the model; if none is given, each image takes the metadata of one of the examples stored
+with the weights. A value that the training data never held is refused. Every file is marked as synthetic. Without --out
+the images get a new folder, out/sample-1, out/sample-2 and so on. With --out, the same command again continues what was
+interrupted, to the same bytes; a folder that another command filled is refused.
 """
 import argparse
 import contextlib
@@ -40,10 +40,11 @@ DEMO = Path(__file__).parent / "weights" / "demo"
 # From metadata and seeds to images in memory
 
 def load_weights(folder):
-    """RadiT and its VAE (None for a pixel model) from a folder, here or on the Hub, that holds radit/ and vae/; or the
-    baseline in RadiT's place, from radunet/.
+    """RadiT and its VAE (None for a pixel model) from a folder, here or on the Hub, that holds radit/ and vae/. With
+    radunet/ in place of radit/ it is the baseline.
 
-    Both are in eval mode and float32, on the CPU. Raises InputError if anything is missing, damaged or does not fit.
+    Both models are in eval mode and float32, on the CPU. Raises InputError if a file is missing or damaged, or the VAE
+    is not the model's.
     """
     folder = Path(folder)
     if hub.find(folder, "radit/config.json"):
@@ -68,26 +69,27 @@ def load_weights(folder):
 
 
 def store_bf16(model):
-    """Converts the weights of all linear layers to bfloat16, in place. Under autocast the results are the same to the
-    bit: without gradients it would convert them anew at every evaluation. For sampling only, always under autocast."""
+    """Converts the weights of all linear layers to bfloat16, in place, once: without gradients, autocast would convert
+    them again at every evaluation. The results are the same bit for bit. For sampling under autocast only."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(torch.bfloat16)
 
 
 def fitting_batch(cfg, device):
-    """How many images at a time. On a GPU the largest power of two, at most 64, whose activations fill at most half of
-    the memory (of all of it, not of what is free: the same command again makes the same batches). Elsewhere 16: more
-    are no faster.
+    """How many images to compute at a time. On a GPU the largest power of two, at most 64, whose activations fill at
+    most half of its memory: of all its memory, not of the free part, so that the same command makes the same batches.
+    Elsewhere 16, since more are not faster.
 
-    A block holds most in its SwiGLU: x and its norms, queries, keys and values (ten widths a token), gate, value and
-    their products, all float32, for both branches of guidance. The VAE works in slices.
+    A block needs most memory in its SwiGLU: x and its norms, queries, keys and values (ten numbers of width D for each
+    token), gate, value and their products, all float32, for both branches of guidance. The VAE needs less.
     """
     if device.type != "cuda":
         return 16
     numbers = activations(cfg) if isinstance(cfg, RadUNetConfig) else cfg.tokens * (10 * cfg.width + 4 * cfg.hidden)
-    bytes_an_image = 2 * numbers * 4
-    return 2 ** int(math.log2(min(max(torch.cuda.mem_get_info(device)[1] / 2 / bytes_an_image, 1), 64)))
+    bytes_per_image = 2 * numbers * 4
+    fitting = torch.cuda.mem_get_info(device)[1] / 2 / bytes_per_image
+    return 2 ** int(math.log2(min(max(fitting, 1), 64)))
 
 
 @torch.no_grad()
@@ -99,10 +101,10 @@ def generate(model, vae, records, seeds, *, steps=25, guidance=2.0, solver="eule
     model, vae  from load_weights, on the device that is to compute
     records     N dicts of field -> value (radiographs/fields.py); a field that is absent is unknown
     seeds       N integers; each image's noise depends on its own seed alone
-    guidance    1 is off; acts for times in `interval` only
-    bf16        whether to compute in bfloat16; None: where the device multiplies it faster
-    batch       images at a time; None: fitting_batch
-    report      is called after every velocity evaluation of every batch
+    guidance    its weight w; 1 is off. Used only for times in `interval`
+    bf16        whether to compute in bfloat16; if None, only where that is faster than float32
+    batch       images at a time; if None, fitting_batch decides
+    report      a function called after every velocity evaluation of every batch
     Raises RunError for an image that is not finite.
     """
     cfg, device = model.config, next(model.parameters()).device
@@ -129,24 +131,24 @@ def generate(model, vae, records, seeds, *, steps=25, guidance=2.0, solver="eule
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files: what is written, and what each file says of itself
+# Files: images with text fields that say how they were made, and tables
 
 def provenance(weights, **settings):
-    """What decides an image beside its metadata and its seed, as every file says: the name and the fingerprint of the
-    weights (`weights`, a folder here or on the Hub), and settings such as steps and guidance."""
+    """What decides an image beside its metadata and its seed, a dict that every file records: name and fingerprint of
+    the weights (`weights`, a folder here or on the Hub), and settings such as steps and guidance."""
     name = weights.name if weights.is_dir() else str(weights)
     model = "radit" if hub.find(weights, "radit/config.json") else "radunet"
     return {"weights": name, "fingerprint": hub.fingerprint(weights / model), **settings}
 
 
 def text_fields(settings, **more):
-    """The text fields of a PNG: that it is synthetic, and what decided it."""
+    """The text fields of a PNG: that it is synthetic, and the settings it was made with."""
     return {"Synthetic": "yes", "Software": "RadiT",
             **{key.capitalize(): str(value) for key, value in (settings | more).items()}}
 
 
 def write_image(out, name, image, record, seed, settings, as_dicom=False):
-    """OUT/images/NAME.png, and before it OUT/dicom/NAME.dcm: where the PNG is, the image is there whole."""
+    """Writes OUT/dicom/NAME.dcm, if asked for, then OUT/images/NAME.png: where the PNG exists, all is written."""
     if as_dicom:
         words = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("weights", "fingerprint"))
         weights = f"{settings['weights']} {settings['fingerprint']}"
@@ -155,7 +157,7 @@ def write_image(out, name, image, record, seed, settings, as_dicom=False):
 
 
 def caption(record):
-    """What was asked for in a few words: age, sex, view, and the findings that should be there."""
+    """A record in a few words: age, sex, view, and the positive findings."""
     words = [f"{record['age']:g} years"] if "age" in record else []
     words += [record[field] for field in ("sex", "view") if field in record]
     words += [fields.FINDINGS[field].lower() for field in fields.FINDINGS if record.get(field) == "positive"]
@@ -164,7 +166,7 @@ def caption(record):
 
 def write_tables(out, names, records, seeds, settings):
     """OUT/grid.png of the first 64, metadata.csv, and index.csv as a prepared source has it, so that data.py and
-    metrics.py read OUT like any other. They come last, when all images are there."""
+    metrics.py read OUT like any other. Called last, when all images are there."""
     first = torch.stack([pixels.load_image(out / f"images/{name}.png") for name in names[:64]])  # N 1 H W
     grid = pixels.grid(first, captions=[caption(record) for record in records[:64]])
     pixels.save_image(grid, out / "grid.png", text_fields(settings))
@@ -180,10 +182,10 @@ def write_tables(out, names, records, seeds, settings):
 # A folder of images: written one by one, continued after an interruption, shared among processes
 
 def open_folder(out, about, rank=0):
-    """Makes OUT ready for the images that `about` describes. Refuses one that holds images of anything else, or unknown
-    ones: what is there already will not be sampled again."""
+    """Prepares OUT for the images that `about` describes. Refuses a folder with any other images, since images that
+    exist are not sampled again."""
     table = out / "sample.json"
-    while rank and not table.exists():  # the first process looks before anybody writes
+    while rank and not table.exists():  # the first process checks OUT before any other writes
         time.sleep(0.1)
     if not table.exists() and any((out / "images").glob("*")):
         raise InputError(f"{out}/images holds images that this command did not write; delete them, or name "
@@ -192,7 +194,7 @@ def open_folder(out, about, rank=0):
     for key in {**about, **before}:
         if before.get(key) != about.get(key):
             what = f"{key} = {before.get(key)}, not {about.get(key)}"
-            if key == "metadata":                                    # a checksum, which would tell nobody anything
+            if key == "metadata":                                    # a checksum, of no use in a message
                 what = "other metadata or seeds"
             raise InputError(f"{out} holds images of another command, with {what}; name another --out")
     (out / "images").mkdir(exist_ok=True)
@@ -207,18 +209,20 @@ def sample_folder(out, model, vae, records, seeds, settings, batch=16, as_dicom=
     was interrupted, to the same bytes. `settings` is what `provenance` returns. Returns how many images were missing
     and the number of velocity evaluations that each cost.
 
-    Batches begin at every batch-th image whatever is there already, and a batch of which one image is missing is
-    computed whole: its size moves results by a rounding error, which can move a pixel by one level. Process `rank` of
-    `world` takes every world-th batch; the first waits for the others and writes the tables.
+    The division into batches does not depend on which images exist, and a batch of which one image is missing is
+    computed whole: its size changes results by rounding errors, which can change a pixel by one grey level. Process
+    `rank` of `world` takes every world-th batch; the first waits for the others and writes the tables.
     """
     digest = hashlib.sha256(json.dumps([records, seeds]).encode()).hexdigest()[:16]
     about = settings | {"images": len(seeds), "first seed": seeds[0], "batch": batch, "dicom": as_dicom,
                         "metadata": digest}
     with cli.locked(out) if rank == 0 else contextlib.nullcontext():
         open_folder(out, about, rank)
-        names = [f"{i:0{max(4, len(str(len(seeds) - 1)))}}" for i in range(len(seeds))]
+        digits = max(4, len(str(len(seeds) - 1)))
+        names = [str(i).zfill(digits) for i in range(len(seeds))]
         missing = [i for i, name in enumerate(names) if not (out / f"images/{name}.png").exists()]
-        mine = [start for start in sorted({i // batch * batch for i in missing}) if start // batch % world == rank]
+        batches = sorted({i // batch for i in missing})
+        mine = [number * batch for number in batches if number % world == rank]  # where this process's batches start
         evaluations = settings["steps"] * (2 if settings["solver"] == "heun" else 1)
         with tqdm(total=len(mine) * evaluations, unit="step", disable=rank > 0 or not mine) as bar:
             for start in mine:
@@ -230,7 +234,7 @@ def sample_folder(out, model, vae, records, seeds, settings, batch=16, as_dicom=
                 for item in zip(names[part], images, records[part], seeds[part]):
                     write_image(out, *item, settings, as_dicom)
         if rank == 0:
-            while any(not (out / f"images/{names[i]}.png").exists() for i in missing):  # the other processes' share
+            while any(not (out / f"images/{names[i]}.png").exists() for i in missing):  # the others' batches
                 time.sleep(0.5)
             write_tables(out, names, records, seeds, settings)
     return len(missing), evaluations
@@ -239,36 +243,37 @@ def sample_folder(out, model, vae, records, seeds, settings, batch=16, as_dicom=
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
-FLAGS = ("dataset", "age", "sex", "race", "view")  # fields with an option of their own; --set takes the others too
+FLAGS = ("dataset", "age", "sex", "race", "view")  # fields that are options; --set takes any field
 
 
 def parse_arguments():
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                         epilog=f"Fields and their values. age: years; {values}; negative or positive: "
-                               f"{', '.join(fields.FINDINGS)}. Weights may cover fewer, and data sets of their own.")
+                               f"{', '.join(fields.FINDINGS)}. Weights may cover fewer values, and other data sets.")
     parser.add_argument("--weights", type=Path, default=DEMO,
                         help="a folder that holds radit/ and vae/, or its name on the Hub; the demo if not given")
     parser.add_argument("-n", "--n", type=cli.integer(1, 1_000_000),
-                        help="how many images; 16, or all rows of --metadata, if not given (torchrun knows only -n)")
-    parser.add_argument("--steps", type=cli.integer(1, 1000), default=25, help="of the solver; 25 if not given")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="heun evaluates twice a step")
+                        help="how many images; if not given 16, or all rows of --metadata (under torchrun use -n)")
+    parser.add_argument("--steps", type=cli.integer(1, 1000), default=25, help="steps of the solver; 25 if not given")
+    parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="heun: two evaluations a step")
     parser.add_argument("--guidance", type=cli.number(-100, 100), default=2.0, help="1 is off; 2 if not given")
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
-                        help="guide only for times between them, such as 0.1 0.8: elsewhere half the work is saved")
+                        help="use guidance only for times from LOW to HIGH, such as 0.1 0.8, and save half of the work "
+                             "elsewhere")
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0,
-                        help="of the first image, 0 if not given; the next image has the next")
+                        help="seed of the first image, 0 if not given; each next image has the next seed")
     parser.add_argument("--batch", type=cli.integer(1, 4096), help="images at a time; as many as fit, if not given")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                        help="compute in bfloat16; where it is faster, if not given")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, which takes a C++ compiler and a "
-                        "minute or two: pays from some hundred images on")
+                        help="compute in bfloat16; if not given, where that is faster")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: needs a C++ compiler and a minute "
+                        "or two, so it is worth it for some hundred images or more")
     for field in FLAGS:
         parser.add_argument(f"--{field}")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="any field, such as pneumonia=positive")
     parser.add_argument("--metadata", type=Path, metavar="FILE.csv",
-                        help="one image a row; columns as in metadata.csv or index.csv")
+                        help="one image for each row; columns as in metadata.csv or index.csv")
     parser.add_argument("--dicom", action="store_true", help="write OUT/dicom/*.dcm beside the PNGs")
     parser.add_argument("--out", type=cli.new_path, help="a folder; a new one in out/, if not given")
     args = parser.parse_args()
@@ -281,11 +286,12 @@ def parse_arguments():
 
 
 def requested_images(args, cfg):
-    """The record and the seed of each image, as the options ask, and in sentences what of it cannot be asked for."""
+    """The record and the seed of each image that the options ask for, and notes: sentences about fields that were
+    changed or left unknown."""
     given = {field: getattr(args, field) for field in FLAGS if getattr(args, field) is not None}
     for field, text in given.items():
         if not text.strip():
-            raise InputError(f"--{field} is empty; leave it out, or say unknown")
+            raise InputError(f"--{field} is empty; leave it out, or give unknown")
     items = [f"{field}={text}" for field, text in given.items()] + args.set
     asked = fields.parse_items(items, "--set", cfg.datasets)
     fields.check_covered(asked, cfg.covered)
@@ -300,11 +306,13 @@ def requested_images(args, cfg):
         seeds = list(range(args.seed, args.seed + (args.n or 16)))
         examples = cfg.examples or [{}]                              # trained without any metadata
         records = [asked if items else examples[seed % len(examples)] for seed in seeds]
-    records, notes = zip(*map(fields.resolve_request, records))
-    notes = sorted(set().union(*notes))[:5]
+    resolved = [fields.resolve_request(record) for record in records]
+    records = [record for record, _ in resolved]
+    notes = sorted({note for _, of_record in resolved for note in of_record})[:5]
     covered = fields.only_covered(records, cfg.covered)
-    if left_out := sum(map(len, records)) - sum(map(len, covered)):
-        notes.append(f"{left_out} of {sum(map(len, records))} values were not covered in the training of these weights "
+    total, kept = sum(len(record) for record in records), sum(len(record) for record in covered)
+    if kept < total:
+        notes.append(f"{total - kept} of {total} values were not covered in the training of these weights "
                      "and stay unknown")
     return covered, seeds, notes
 
@@ -338,7 +346,7 @@ def main():
         times = flow.time_grid(args.steps, model.config.shift)
         calls = flow.count_network_calls(times, args.solver, args.guidance, args.guidance_interval)
         print(f"{len(seeds)} images in {out}, {made} of them made now, {evaluations} velocity evaluations and {calls} "
-              f"passes of the network each; {out}/grid.png shows them, {out}/metadata.csv what each was asked to show")
+              f"network calls each; {out}/grid.png shows them, {out}/metadata.csv what each was asked to show")
 
 
 if __name__ == "__main__":

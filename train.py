@@ -1,22 +1,25 @@
 """Training: what is trained (Rad-VAE on images, RadiT on cached latents or on pixels), and the loop that trains it.
 
-The clock is the number of images seen. Data order, noise, times and dropout depend only on (seed, images seen) and the
-image's place in the batch, and the checkpoint holds everything else. So the same command again continues the run, and
-its losses are those of a run that was never stopped: bit for bit on as many processes (on CPUs; on GPUs where attention
-is deterministic), to rounding on others.
+The clock is the number of images seen. Data order, noise, times and dropout depend only on the seed, on the images seen
+and on an image's place in the batch; the checkpoint holds everything else. So the same command again continues the
+run, and its losses are those of a run that was never stopped: bit for bit on the same number of processes (on CPUs; on
+GPUs where attention is deterministic), to rounding on another number.
 
     batch = world x accumulate x micro     process r computes the images [(m world + r) micro, ...) of it, m = 0, 1, ...
 
-RUN/ checkpoints/        see training/checkpoint.py         log.jsonl, loss.png   see training/log.py
-    weights/             an average of the weights over the last images (EMA), as sample.py and autoencoder/load.py
-                         read it: of the half-lives kept, the one whose held-out loss is least (Karras et al. 2024)
-    preview.png          what that average does now, for fixed inputs
-    stopped              is there after SIGTERM or SIGUSR1, as schedulers send them before they take a node away: the
-                         step was finished and saved, and each process left with status 75 (EX_TEMPFAIL): start me again
+    RUN/checkpoints/        the state of the training, to continue from: training/checkpoint.py
+        log.jsonl           losses, speed and memory: training/log.py
+        loss.png            the losses as a plot
+        weights/            an average of the weights over the last images (EMA), as sample.py and autoencoder/load.py
+                            read it: of the half-lives kept, the one with the least held-out loss (Karras et al. 2024)
+        preview.png         what that average does now, for fixed inputs
+        stopped             written after SIGTERM or SIGUSR1, which schedulers send before they take a node away. The
+                            step was finished and saved, and each process left with status 75: start the command again
 
-    python train.py vae   --data PREPARED... --out RUN                 or, on a base: --base FLUX.2 --lora-rank 32
+    python train.py vae   --data PREPARED... --out RUN
+    python train.py vae   --data PREPARED... --base black-forest-labs/FLUX.2-klein-4B --lora-rank 32 --out RUN
     python train.py radit --data PREPARED... --latents LATENTS --vae VAE --size XS --out RUN
-    python train.py radit --data PREPARED... --latents LATENTS --init WEIGHTS [--lora-rank 8] --out RUN     fine-tuning
+    python train.py radit --data PREPARED... --latents LATENTS --init WEIGHTS [--lora-rank 8] --out RUN     (fine-tune)
 
 On several GPUs the same commands start with `torchrun --nproc_per_node=8 train.py ...`; see training/README.md.
 """
@@ -50,19 +53,19 @@ from training.options import (RADIT_EXAMPLES, VAE_EXAMPLES, Help, TrainConfig, a
                               add_vae_options, config_of)
 from training.randomness import RandomNumbers, batches, generator
 
-# Options that --init decides.
+# Options that the weights given with --init decide.
 FROM_BASE = {"vae": ("channels", "widths", "layers", "groups"), "radit": ("size", "patch", "prediction", "shift")}
 STOPPED = 75    # the exit status of a run that was asked to stop
 ASK_EVERY = 8   # steps after which several processes ask each other whether one was told to stop
 
 
 def learning_rate(cfg, seen):
-    """Of the step that starts after `seen` images: a linear rise, a constant, a linear fall."""
+    """The rate of the step that starts after `seen` images: a linear rise, a constant, a linear fall."""
     return cfg.lr * min(1, (seen + cfg.batch) / max(cfg.warmup, 1), (cfg.images - seen) / max(cfg.cooldown, 1))
 
 
 def trainable_parameters(model):
-    """All parameters, or a LoRA's."""
+    """All parameters of a model, or only those of its adapters (LoRA)."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -70,8 +73,9 @@ def trainable_parameters(model):
 def update_ema(ema, model, images_seen, batch, half_life):
     """ema <- lerp(ema, model), in float32; the half-life is at most a twentieth of the images seen, as in EDM2."""
     decay = 0.5 ** (batch / max(min(half_life, images_seen / 20), 1e-9))
-    pairs = [map(parallel.local, pair) for pair in zip(ema.parameters(), model.parameters()) if pair[1].requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+    pairs = [(a, p) for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    averages, parameters = [parallel.local(a) for a, _ in pairs], [parallel.local(p) for _, p in pairs]
+    torch._foreach_lerp_(averages, parameters, 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
 
@@ -81,16 +85,18 @@ def update_ema(ema, model, images_seen, batch, half_life):
 
 def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=(), logger=None, may_change=()):
     """Trains `model` until cfg.images images are seen; returns the EMA that is best on held-out images. Under torchrun
-    all processes call this alike.
+    every process calls it with the same arguments.
 
-    `task` has `name`; loss(model, batch, rng) -> (loss, dict of terms to log); measure(ema, micro) -> dict of numbers
-    on held-out images, computed `micro` at a time, with "held_out_loss" if there are several EMAs; save(ema, folder);
-    `about`, a dict of what must not change when a run is continued; `flops`, the structural floating-point operations
-    of one training image. It may have picture(ema, path, micro), where a path of None writes nothing, and
-    finish(model), called after every step. compiled, recomputed, sharded: the blocks of the model that are compiled,
-    whose activations are computed again in the backward pass instead of kept, and that FSDP splits; without the last,
-    every process holds the whole model. may_change: keys of the configuration that may differ from those of the run
-    that is continued.
+    task        `name`; `flops`, the structural floating-point operations of one training image; `about`, a dict of
+                what must not change when a run is continued; loss(model, batch, rng) -> (loss, dict of terms to log);
+                measure(ema, micro) -> dict of numbers on held-out images, computed `micro` at a time, among them
+                "held_out_loss" if there are several EMAs; save(ema, folder). Optional: finish(model), called after
+                every step, and preview(ema, path, micro), where a path of None writes nothing.
+    compiled    blocks of the model to compile
+    recomputed  blocks whose activations are computed again in the backward pass instead of kept
+    sharded     blocks that FSDP splits; if there are none, every process holds the whole model
+    logger      None, tensorboard or wandb
+    may_change  keys of the configuration that may differ from those of the run that is continued
     """
     micro, world, rank = parallel.micro_batch(cfg.batch, cfg.accumulate), parallel.world, parallel.rank
     parallel.join()
@@ -115,7 +121,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
         indices = (batch[part] for batch in batches(len(dataset), cfg.batch, cfg.seed, seen) for part in parts)
         workers = 4 if device.type == "cuda" else 0
         if workers:
-            gc.freeze()                                              # or each would copy all that the collector touches
+            gc.freeze()                                              # so that garbage collection copies nothing
         loader = iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=bool(workers),
                                  worker_init_fn=parallel.ignore_signals))
         model.train()
@@ -131,7 +137,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         loss, terms = task.loss(called, batch, rng)
                     (loss / cfg.accumulate).backward()
-                # means over images, or (2, bins) of sums and counts
+                # Terms are means over images, or sums and counts in (2, bins).
                 for key, value in ({"loss": loss} | terms).items():
                     value = value.detach() if value.ndim else value.detach() / cfg.accumulate
                     total[key] = total.get(key, 0) + value
@@ -145,7 +151,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
             for ema, half_life in zip(emas, cfg.ema):
                 update_ema(ema, model, seen, cfg.batch, half_life)
             if log.first:
-                parallel.set_timeout(parallel.TIMEOUT)               # what was compiled is compiled
+                parallel.set_timeout(parallel.TIMEOUT)               # the first step, which compiles, is over
             log.step(seen, loss)
             writer.poll()
 
@@ -161,7 +167,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
                 checkpoint.refuse_unless(checkpoint.all_finite(state), entry, writer, out)
                 writer.save(state, {"images": seen, "name": task.name, "config": config, "about": about,
                                     "ema": list(cfg.ema), "processes": world})
-            if save and not stop:                                    # a node that is taken away leaves no time for it
+            if save and not stop:                                    # a node about to be taken away has no time
                 with parallel.long_timeout(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     measured, best = measure(task, emas, cfg, micro)
                     entry |= measured
@@ -176,7 +182,7 @@ def train(task, model, dataset, cfg, out, compiled=(), recomputed=(), sharded=()
 
 
 def measure(task, emas, cfg, micro):
-    """What held-out images say of the best of the averages, and its number."""
+    """The numbers on held-out images of the average with the least held-out loss, and which of the averages that is."""
     measured = [task.measure(ema, micro) for ema in emas]
     if len(emas) == 1:
         return measured[0], 0
@@ -186,18 +192,18 @@ def measure(task, emas, cfg, micro):
 
 
 def save_weights(task, ema, plain, out, micro):
-    """RUN/weights and RUN/preview.png, by the first process; all take part where the tensors are split."""
+    """Writes RUN/weights and RUN/preview.png. The first process writes; where tensors are split, all take part."""
     whole = parallel.whole(ema, plain)
     if parallel.rank == 0:
         task.save(whole, out / "weights" / task.name)
-    if hasattr(task, "picture"):
-        task.picture(ema, out / "preview.png" if parallel.rank == 0 else None, micro)
+    if hasattr(task, "preview"):
+        task.preview(ema, out / "preview.png" if parallel.rank == 0 else None, micro)
 
 
 def leave_stopped(writer, log, out, seen):
     writer.wait()
     if parallel.rank == 0:
-        (out / "stopped").touch()                                    # for the scheduler's script: start me again
+        (out / "stopped").touch()                                    # tells the scheduler's script to start it again
     parallel.leave()
     log.close()
     log.log(f"asked to stop: all saved at {seen:,} images; the same command continues")
@@ -208,9 +214,13 @@ def leave_stopped(writer, log, out, seen):
 # What is trained
 
 class VAETask:
-    """Rad-VAE on images; the picture shows held-out images: original, reconstruction, difference. `encoder` (None, or
-    one of raddino.py) measures the reconstructions, and teaches too if its weight is not 0. `base`: a VAE whose decoder
-    gets a LoRA. `crop`: the side of the squares to train on, in pixels; None for whole images."""
+    """Rad-VAE on images. The preview shows held-out images: original, reconstruction, difference.
+
+    encoder  None, or an encoder of encoders/raddino.py: measures the reconstructions and, if perceptual_weight is not
+             0, adds the perceptual loss
+    base     None, or the VAE on whose decoder a LoRA is trained
+    crop     side in pixels of the squares to train on; None for whole images
+    """
     name = "vae"
 
     def __init__(self, config, held_out, kl_weight, encoder=None, perceptual_weight=0.0, base=None, crop=None):
@@ -240,14 +250,14 @@ class VAETask:
         return loss, terms
 
     def finish(self, model):
-        """The running statistics are those of whole batches, however many parts and processes computed one."""
+        """Updates the running statistics with a whole batch, however many parts and processes computed it."""
         model.bn(parallel.gathered(torch.cat(self.raw)))
         self.raw.clear()
 
     def save(self, ema, folder):
         if not self.base:
             return hub.save_model(ema, folder)
-        copy_vae(self.base, folder)                                  # as it is; the adapters lie beside it
+        copy_vae(self.base, folder)                                  # unchanged; the adapters lie beside it
         lora.save(ema, folder)
 
     @torch.no_grad()
@@ -263,24 +273,28 @@ class VAETask:
         return {"held_out_loss": total / len(self.held_out)} | scores
 
     @torch.no_grad()
-    def picture(self, ema, path, micro):
+    def preview(self, ema, path, micro):
         if path:
             x = self.held_out[:8].to(next(ema.parameters()).device)
             y = ema.decode(ema.encode(x)[0]).float().clamp(-1, 1)
             pixels.save_image(pixels.grid(torch.cat([x, y, y - x]), columns=8), path)
 
 
-def random_squares(x, side, where):                                  # N 1 H W, N 2 in [0, 1)
-    """One square of each image, anywhere in it: convolutions learn the same from parts, at less cost."""
+def random_squares(x, side, random):                                 # N 1 H W, N 2 in [0, 1)
+    """One square of each image, at a random place: convolutions learn the same from parts, at less cost."""
     places = torch.tensor([x.shape[2] - side + 1, x.shape[3] - side + 1])
-    corners = (where.cpu() * places).long().tolist()                 # row and column of the first pixel
+    corners = (random.cpu() * places).long().tolist()                # row and column of the first pixel
     return torch.stack([image[:, i:i + side, j:j + side] for image, (i, j) in zip(x, corners)])  # N 1 side side
 
 
 class RadiTTask:
-    """RadiT on latents or pixels; the picture shows what the EMA makes of fixed noise and metadata. `vae_folder`: of
-    the latents' VAE, which is copied beside the weights, so that they can be sampled from as they are. The baseline is
-    trained in the same way, under the name "radunet"."""
+    """RadiT on latents or pixels, or in the same way the baseline, under the name "radunet". The preview shows images
+    that the EMA generates from fixed noise and metadata.
+
+    held_out    a batch: mean, log-variance, age, codes
+    decoder     the VAE of the latents, for previews; None for pixels
+    vae_folder  its folder, which is copied beside the weights, so that sample.py can use them
+    """
 
     def __init__(self, config, held_out, decoder, vae_folder=None, about=None):
         self.name = "radunet" if isinstance(config, radunet.RadUNetConfig) else "radit"
@@ -289,7 +303,7 @@ class RadiTTask:
         self.flops = 3 * (radunet if self.name == "radunet" else radit).count_flops(config)
 
     def flow(self, model, batch, rng, drop):
-        """Loss and time of each image, (N,), (N,). batch: mean, log-variance, age, codes."""
+        """Loss (N,) and time (N,) of each image of a batch (mean, log-variance, age, codes); `drop` metadata or not."""
         cfg, (mean, logvar, age, codes) = self.config, batch
         shape = mean.shape[1:]                                       # C H W
         x = mean + (0.5 * logvar).exp() * rng.normal(*shape)         # N C H W, a sample of the posterior
@@ -306,7 +320,7 @@ class RadiTTask:
 
     def save(self, ema, folder):
         if self.about.get("lora_rank"):
-            lora.save(ema, folder)                                   # beside the base, which lies there from the start
+            lora.save(ema, folder)                                   # beside the base, which was written at the start
         else:
             hub.save_model(ema, folder)
         if self.vae_folder:
@@ -322,7 +336,7 @@ class RadiTTask:
         return {"held_out_loss": total / count}
 
     @torch.no_grad()
-    def picture(self, ema, path, micro):
+    def preview(self, ema, path, micro):
         seeds, examples = list(range(16)), self.config.examples or [{}]
         records = [examples[seed % len(examples)] for seed in seeds]
         batch = max(1, min(16, micro // 2))                          # guidance doubles it
@@ -339,8 +353,7 @@ def chunks(count, size):
 # From the command line
 
 def read_radit_data(args):
-    """(training examples, 256 held-out ones as a batch, what RadiT's config says of the data), read by the first
-    process."""
+    """The training examples, 256 held-out ones as a batch, and a dict of the data's part of RadiT's config."""
     images = data.Radiographs(args.data)
     latents, names = None, [None] * len(images)
     if args.latents:
@@ -388,10 +401,10 @@ def train_radit(args, cfg):
         else:
             width, depth, heads = sizes[size]
             config = radit.RadiTConfig(width=width, depth=depth, heads=heads, **described)
-    # Adam's rate falls as the width grows (Yang et al. 2022, table 3); 1e-3 was found good at XS's width, nothing was
-    # tuned beyond. Trained weights take smaller steps; adapters start from zero.
+    # Adam's rate falls as the width grows (Yang et al. 2022, table 3); 1e-3 was found good at XS's width, other sizes
+    # are not tuned. Trained weights need smaller steps; adapters, which start from zero, do not.
     if cfg.lr is None:
-        width = 4 * config.width if args.model == "radunet" else config.width  # of the condition: 256 in both XS
+        width = 4 * config.width if args.model == "radunet" else config.width  # of c, which is 256 wide in both XS
         cfg.lr = 1e-3 * 256 / width * (0.1 if args.init and not args.lora_rank else 1)
     if args.dry_run:
         return dry_run.show(args, cfg, config, len(examples), decoder)
@@ -400,7 +413,7 @@ def train_radit(args, cfg):
     if args.init:
         model = finetune.extend(base, config)
         about = {"init": hub.fingerprint(args.init / "radit"), "lora_rank": args.lora_rank}
-    if args.lora_rank:  # only adapters are trained; their base, with its new data sets, lies beside them
+    if args.lora_rank:  # only adapters are trained; their base, with its new data sets, is saved once
         folder = args.out / "weights" / "radit"
         parallel.on_first(lambda: hub.save_model(model, folder))
         model.fingerprint = hub.fingerprint(folder / "model.safetensors")
@@ -440,9 +453,9 @@ def train_vae(args, cfg):
         task.about |= {"init": base.fingerprint}
     if cfg.lr is None:
         cfg.lr = 1e-4 if args.init else 1e-3
-    # Channels last is what bfloat16 convolutions want; in float32 it costs a quarter of the speed on a CPU.
+    # Channels last makes bfloat16 convolutions faster; in float32 it costs a quarter of the speed on a CPU.
     layout = torch.channels_last if pick_device()[1] else torch.contiguous_format
-    # In bfloat16 a small VAE that was compiled trained far worse than an eager one (torch 2.13 on a CPU).
+    # In bfloat16 a compiled small VAE reached a far worse loss than an eager one (torch 2.13 on a CPU).
     compiled = (model,) if args.compile and args.crop and not pick_device()[1] else ()
     train(task, model.to(memory_format=layout), dataset, cfg, args.out, compiled=compiled, logger=args.logger)
 
@@ -462,7 +475,7 @@ def main():
     check_logger(args.logger)
     cfg = config_of(args)
     if not getattr(args, "dry_run", None):
-        parallel.micro_batch(cfg.batch, cfg.accumulate)              # refuses before anything is read or written
+        parallel.micro_batch(cfg.batch, cfg.accumulate)              # refused before anything is read or written
     if args.command == "radit" and args.model == "radunet" and (args.init or args.dry_run):
         parser.error(f"--model radunet: {'--init' if args.init else '--dry-run'} knows RadiT only")
     if args.init:
@@ -477,7 +490,7 @@ def main():
         if args.init and args.latents and not args.vae:
             args.vae = args.init / "vae"
         if args.latents and not args.vae:
-            parser.error("--latents needs --vae, the VAE that they were made with")
+            parser.error("--latents needs --vae, the VAE that made them")
         if args.fsdp and not (parallel.launched or args.dry_run):
             parser.error("--fsdp splits a model among several processes: start it with torchrun")
         train_radit(args, cfg)

@@ -94,8 +94,8 @@ def check_command(args):
         records = [patients.close_world(record) for record in records]
     known = [patients.covered_part(model, record) for record in records]
     places = patients.to_places(model, known, range(len(known)))
-    print(f"{len(records):,} rows (test); {patients.count_not_covered(model, records):,} values that training never held "
-          "count as unknown")
+    print(f"{len(records):,} rows (test); {patients.count_not_covered(model, records):,} values that training never "
+          "held count as unknown")
     patients.print_calibration(patients.calibration(model, places))
     for name, (equal, total, years) in patients.check(model, places).items():
         print(f"{name}: {equal:,} of {total:,} discrete values come back, ages within {years:.1e} years")

@@ -75,7 +75,7 @@ def parse_items(items, flag, datasets=DATASETS):
         if field in record:
             raise InputError(f"{flag} {item}: {field} is given twice")
         if not text.strip():
-            raise InputError(f"{flag} {item}: no value for {field}; leave the option out, or say unknown")
+            raise InputError(f"{flag} {item}: no value for {field}; leave the option out, or give unknown")
         record[field] = parse_value(field, text, datasets)
     return drop_unknown(record)
 

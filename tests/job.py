@@ -102,9 +102,9 @@ def command_job(arguments, out):
 JOBS = {"encode": encode_job, "command": command_job, "radit": radit_job, "vae": vae_job, "seen": seen_job}
 
 
-def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, picture=False, **layout):
+def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, preview=False, **layout):
     """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps.
-    Without `picture` no preview is drawn, which takes longer than all the steps."""
+    Without `preview` none is made: it takes longer than all the steps."""
     if world:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port)}
@@ -112,8 +112,8 @@ def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16
     parallel.TIMEOUT = timeout or parallel.TIMEOUT
     torch.set_num_threads(1)
     log.plot_losses = lambda history, path: None
-    if not picture:
-        train.RadiTTask.picture = lambda *arguments: None
+    if not preview:
+        train.RadiTTask.preview = lambda *arguments: None
     if bf16:
         parallel.pick_device = train.pick_device = lambda: (torch.device("cpu"), True)
     if event and event[0] == rank:

@@ -170,7 +170,7 @@ def test_export_is_the_ema_as_sample_reads_it(tmp_path):
     """Of a run of two processes, sharded, its blocks computed twice: nothing of that is left in the names."""
     cfg = train.TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=(50,), log_every=4, save_every=4)
     run, out = tmp_path / "run", tmp_path / "out"
-    assert job.run(2, "radit", cfg, run, sharded=True, recomputed=True, picture=True) == [0, 0]
+    assert job.run(2, "radit", cfg, run, sharded=True, recomputed=True, preview=True) == [0, 0]
     assert (run / "preview.png").exists() and checkpoint.export(run, out)["images"] == 32
     model, decoder = sample.load_weights(out)
     assert decoder is None and sample.generate(model, None, [{"sex": "male"}], [0], steps=2)[0].isfinite().all()

@@ -224,7 +224,7 @@ def call(monkeypatch, *arguments):
 def pixel_base(sources, tmp_path, monkeypatch):
     """The weights of a short run on pixels."""
     monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
-    monkeypatch.setattr(train.RadiTTask, "picture", lambda *_: None)
+    monkeypatch.setattr(train.RadiTTask, "preview", lambda *_: None)
     call(monkeypatch, "radit", "--data", sources / "old", "--pixels", "--patch", 8, "--size", "XS",
          "--out", tmp_path / "base", *QUICK)
     return tmp_path / "base/weights"

@@ -351,7 +351,7 @@ def test_a_sample_s_own_table_draws_the_same_sample(weights, tmp_path, monkeypat
 def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--bf16")
     # shift 2 takes 0, 1/4, 1/2, 3/4 to 0, 1/7, 1/3, 3/5: three of four are guided
-    assert "4 velocity evaluations and 7 passes of the network each" in capsys.readouterr().out
+    assert "4 velocity evaluations and 7 network calls each" in capsys.readouterr().out
     text = Image.open(tmp_path / "a/images/0001.png").text
     assert text["Interval"] == "[0.1, 0.8]" and text["Precision"] == "bfloat16" and text["Steps"] == "4"
     with pytest.raises(cli.InputError, match="precision = bfloat16, not float32"):

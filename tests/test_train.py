@@ -72,9 +72,9 @@ def vae_options(phantoms, images, *more):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """train.py in this process with a tiny XS and without pictures, which take longer than the steps."""
+    """train.py in this process with a tiny XS and without previews, which take longer than the steps."""
     monkeypatch.setitem(radit.SIZES, "XS", (64, 2, 2))
-    monkeypatch.setattr(train.RadiTTask, "picture", lambda *arguments: None)
+    monkeypatch.setattr(train.RadiTTask, "preview", lambda *arguments: None)
     monkeypatch.setattr(log, "plot_losses", lambda history, path: None)
 
 
