@@ -1,9 +1,9 @@
 """The causal model against truths in closed form, other libraries, and itself on graphs drawn at random.
 
-The fitted model's truth: sex and race by chance, age given sex is Gaussian, cardiomegaly is logistic in age, sex and race,
-effusion depends on cardiomegaly. A fifth of all values is missing at random. Distributions are compared by Pearson's
-chi-squared test and the Kolmogorov-Smirnov test at the level 0.001 on 2,000 to 4,000 draws, with fixed seeds; where a bound
-is given instead, it is on a probability.
+The fitted model's truth: sex and race by chance, age given sex is Gaussian, cardiomegaly is logistic in age, sex and
+race, effusion depends on cardiomegaly. A fifth of all values is missing at random. Distributions are compared by
+Pearson's chi-squared test and the Kolmogorov-Smirnov test at the level 0.001 on 2,000 to 4,000 draws, with fixed seeds;
+where a bound is given instead, it is on a probability.
 """
 import csv
 import json
@@ -27,8 +27,8 @@ from radiographs.index import COLUMNS, index_row, read_index
 
 DEMO = ROOT / "weights/demo/causal"
 LEVEL = 0.001
-SMALL = {"sex": [], "race": [], "age": ["sex"], "cardiomegaly": ["age", "sex", "race"], "pleural_effusion": ["cardiomegaly"],
-         "no_finding": ["cardiomegaly", "pleural_effusion"]}
+SMALL = {"sex": [], "race": [], "age": ["sex"], "cardiomegaly": ["age", "sex", "race"],
+         "pleural_effusion": ["cardiomegaly"], "no_finding": ["cardiomegaly", "pleural_effusion"]}
 AGE = {"female": (40, 6), "male": (60, 9)}                          # mean and standard deviation of age
 RACES = {"asian": 0.2, "black": 0.3, "white": 0.5}
 
@@ -64,7 +64,7 @@ def write_index(path, records):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                         # the matrices are small: a second thread only waits
+    torch.set_num_threads(1)                     # the matrices are small: a second thread only waits
     yield
     torch.set_num_threads(threads)
 
@@ -125,9 +125,10 @@ def test_the_graph_is_the_papers():
                 ("cardiomegaly", "edema", "pleural_other", "pneumonia", "fracture", "pneumothorax")}
     expected |= {tuple(arrow.split(">")) for arrow in (
         "race>cardiomegaly race>edema cardiomegaly>enlarged_cardiomediastinum cardiomegaly>pleural_effusion "
-        "edema>lung_opacity pleural_other>pleural_effusion pleural_other>lung_opacity pneumonia>consolidation pneumonia>pleural_effusion "
-        "fracture>pneumothorax pneumothorax>support_devices pneumothorax>atelectasis pleural_effusion>support_devices "
-        "pleural_effusion>atelectasis consolidation>lung_opacity atelectasis>lung_opacity lung_opacity>lung_lesion").split()}
+        "edema>lung_opacity pleural_other>pleural_effusion pleural_other>lung_opacity pneumonia>consolidation "
+        "pneumonia>pleural_effusion fracture>pneumothorax pneumothorax>support_devices pneumothorax>atelectasis "
+        "pleural_effusion>support_devices pleural_effusion>atelectasis consolidation>lung_opacity "
+        "atelectasis>lung_opacity lung_opacity>lung_lesion").split()}
     assert arrows == expected and len(arrows) == 29
     assert set(GRAPH) == set(fields.FIELDS)
     kinds = {name: kind(GRAPH, name) for name in GRAPH}
@@ -176,7 +177,8 @@ def test_solver_and_likelihood_agree_with_scipys_and_with_draws():
 
     for start in (-2.0, 0.3, 1.7):
         exact = solve_ivp(velocity, (0, 1), [start], rtol=1e-10, atol=1e-10).y[0, -1]
-        assert model.transport(torch.tensor([start], dtype=torch.float64), shown, i).item() == pytest.approx(exact, abs=1e-4)
+        assert model.transport(torch.tensor([start], dtype=torch.float64), shown, i).item() \
+            == pytest.approx(exact, abs=1e-4)
     # The probability of each value, by the ends of its interval, beside its frequency in draws (chi-squared test).
     values = len(model.config.shares[model.names[i]])
     rows = places.repeat(values, 1)
@@ -269,7 +271,8 @@ def chances(model, records, name):
 
 @pytest.mark.slow
 def test_every_parent_conditional_is_near_the_truth(fitted):
-    records = [{"age": float(age), "sex": sex, "race": race} for age in range(30, 76, 5) for sex in AGE for race in RACES
+    records = [{"age": float(age), "sex": sex, "race": race}
+               for age in range(30, 76, 5) for sex in AGE for race in RACES
                if abs(age - AGE[sex][0]) < 2 * AGE[sex][1]]
     true = np.array([chance_of_cardiomegaly(**record) for record in records])
     error = np.abs(chances(fitted, records, "cardiomegaly") - true)
@@ -356,7 +359,8 @@ def test_discrete_counterfactuals_equal_the_true_quantile_map(fitted):
 
 def test_a_short_fit_is_already_near_the_truth(small):
     """Of the slow tests above one that 300 steps can pass, at two and a half times the error."""
-    records = [{"age": float(age), "sex": sex, "race": race} for age in range(30, 76, 5) for sex in AGE for race in RACES
+    records = [{"age": float(age), "sex": sex, "race": race}
+               for age in range(30, 76, 5) for sex in AGE for race in RACES
                if abs(age - AGE[sex][0]) < 2 * AGE[sex][1]]
     true = np.array([chance_of_cardiomegaly(**record) for record in records])
     error = np.abs(chances(small, records, "cardiomegaly") - true)
@@ -390,8 +394,8 @@ def test_no_finding_follows_from_the_findings(record, expected):
 
 
 def test_no_finding_changes_only_with_a_finding(small):
-    odd = {"sex": "male", "no_finding": "negative", "cardiomegaly": "negative", "pleural_effusion": "negative", "view": "PA",
-           "path": "images/x.png"}                                   # a hernia, say, for which there is no field
+    odd = {"sex": "male", "no_finding": "negative", "cardiomegaly": "negative", "pleural_effusion": "negative",
+           "view": "PA", "path": "images/x.png"}                     # a hernia, say, for which there is no field
     assert patients.counterfactual(small, [odd], {"race": "white"}) == [odd | {"race": "white"}]
     sick = patients.counterfactual(small, [odd], {"cardiomegaly": "positive"})[0]
     assert sick["no_finding"] == "negative" and sick["view"] == "PA"
@@ -417,7 +421,8 @@ def test_values_that_the_model_does_not_cover_are_unknown_to_it_and_stay(small):
 def test_a_row_has_one_counterfactual_in_any_batch(small):
     records = truth(8, np.random.default_rng(4))
     together = patients.counterfactual(small, records, {"sex": "male"}, seed=3)
-    apart = [patients.counterfactual(small, [record], {"sex": "male"}, seed=3 + i)[0] for i, record in enumerate(records)]
+    apart = [patients.counterfactual(small, [record], {"sex": "male"}, seed=3 + i)[0]
+             for i, record in enumerate(records)]
     for a, b in zip(together, apart):
         assert a == b | {"age": pytest.approx(b["age"], abs=1e-9)}
     apart = [patients.sample(small, 1, seed=2 + i)[0]["race"] for i in range(9)]
@@ -434,7 +439,8 @@ def test_a_table_that_lists_findings_only_is_told_by_its_rows(rows, listed):
 
 
 def test_a_table_that_lists_findings_only_is_read_as_a_closed_world(tmp_path, command):
-    """The share of a finding is that among all rows; read as it is, the table knows it in normal and in positive rows only."""
+    """The share of a finding is that among all rows; read as it is, the table knows it in normal and in positive rows
+    only."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(3000):
@@ -445,11 +451,12 @@ def test_a_table_that_lists_findings_only_is_read_as_a_closed_world(tmp_path, co
     write_index(tmp_path / "list/index.csv", rows)
     count = {name: sum(row.get(name) == "positive" for row in rows) for name in ("pleural_effusion", "consolidation")}
     normal = sum(row["no_finding"] == "positive" for row in rows)
-    (tmp_path / "graph.json").write_text(json.dumps({"consolidation": [], "pleural_effusion": ["consolidation"], "race": [],
-                                                     "edema": ["race"], "no_finding": ["consolidation", "pleural_effusion"]}))
+    (tmp_path / "graph.json").write_text(json.dumps({
+        "consolidation": [], "pleural_effusion": ["consolidation"], "race": [], "edema": ["race"],
+        "no_finding": ["consolidation", "pleural_effusion"]}))
     for flags in (["--open-world"], []):
-        status, output, errors = command("causal", "fit", tmp_path / "list", "--graph", tmp_path / "graph.json", "--steps",
-                                         100, "--out", tmp_path / "model", *flags)
+        status, output, errors = command("causal", "fit", tmp_path / "list", "--graph", tmp_path / "graph.json",
+                                         "--steps", 100, "--out", tmp_path / "model", *flags)
         assert status == 0, errors
         assert "no training row knows race: left out of the model" in output
         assert ("findings that a row does not mention are read as negative" in output) == (not flags)
@@ -468,8 +475,10 @@ def test_a_table_that_lists_findings_only_is_read_as_a_closed_world(tmp_path, co
 def test_the_closed_world_reads_what_is_not_mentioned_as_negative():
     closed = patients.close_world({"age": 50.0, "no_finding": "negative", "atelectasis": "positive"})
     assert closed["cardiomegaly"] == "negative" and closed["atelectasis"] == "positive"
-    assert "lung_opacity" not in closed and "support_devices" not in closed      # atelectasis is an opacity: see resolve_labels
-    assert patients.close_world({"age": 50.0, "support_devices": "positive"}) == {"age": 50.0, "support_devices": "positive"}
+    # Atelectasis is an opacity: see resolve_labels.
+    assert "lung_opacity" not in closed and "support_devices" not in closed
+    assert patients.close_world({"age": 50.0, "support_devices": "positive"}) == {
+        "age": 50.0, "support_devices": "positive"}
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -503,7 +512,8 @@ def test_the_commands_work_together(files, tmp_path, command):
     assert status == 0, errors
     before, after = read_index(files / "rows.csv"), read_index(tmp_path / "older.csv")
     assert {record["age"] for record in after} == {80.0}
-    assert all(a["sex"] == b["sex"] and a["path"] == b["path"] and a["view"] == b["view"] for a, b in zip(before, after))
+    assert all(a["sex"] == b["sex"] and a["path"] == b["path"] and a["view"] == b["view"]
+               for a, b in zip(before, after))
     assert any(a["cardiomegaly"] == "negative" != b["cardiomegaly"] for a, b in zip(before, after))
 
 
@@ -534,8 +544,10 @@ def test_arrows_run_through_no_box_of_the_papers_graph_and_few_of_others(draw):
 @pytest.mark.parametrize("text, message", [
     ('{"age": ["edema"], "edema": ["age"]}', "the graph has a cycle: "),
     ('{"age": [], "colour": []}', "unknown variable 'colour'"),
-    ('{"edema": ["age"]}', "age is a parent in the graph, but not a variable"), ('["age"]', "holds list where dict is expected"),
-    ('{"age": [', "not JSON"), ('{"age": "sex", "sex": []}', "a graph is a JSON object"), ('{"no_finding": [], "edema": ["no_finding"]}', "causes nothing"),
+    ('{"edema": ["age"]}', "age is a parent in the graph, but not a variable"),
+    ('["age"]', "holds list where dict is expected"), ('{"age": [', "not JSON"),
+    ('{"age": "sex", "sex": []}', "a graph is a JSON object"),
+    ('{"no_finding": [], "edema": ["no_finding"]}', "causes nothing"),
     ('{"support_devices": [], "no_finding": ["support_devices"]}', "support_devices is none")])
 def test_bad_graphs_are_refused(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
@@ -547,7 +559,8 @@ def test_bad_graphs_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize("do, message", [
     ("colour=red", "unknown field 'colour'"), ("cardiomegaly", "not of the form FIELD=VALUE"),
     ("age=old", "not a number of years"),
-    ("age=119", "age=119.0 was not covered by the data of this model"), ("view=PA", "view is no variable of this model"),
+    ("age=119", "age=119.0 was not covered by the data of this model"),
+    ("view=PA", "view is no variable of this model"),
     ("sex=unknown", "unknown is not a value"), ("no_finding=positive", "no_finding follows from the findings")])
 def test_bad_interventions_are_refused(small, do, message):
     with pytest.raises(InputError, match=message):
@@ -561,7 +574,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, command):
                                (["fit", files / "source", "--graph", tmp_path / "view.json"],
                                 "no training row knows a variable of the graph"),
                                (["fit", files / "source", "--without", "colour"], "--without colour: not in the graph"),
-                               (["fit", files / "source", "--steps", "99999999999999999999"], "is not a whole number from 1"),
+                               (["fit", files / "source", "--steps", "99999999999999999999"],
+                                "is not a whole number from 1"),
                                (["sample", files / "model", "--do", "age=119"], "covered: "),
                                (["counterfactual", files / "model", files / "none.csv", "--do", "age=50"], "none.csv")):
         status, _, errors = command("causal", *arguments, "--out", tmp_path / "out")
@@ -570,7 +584,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, command):
 
 
 def test_a_cohort_of_whole_patients(tmp_path, command):
-    status, _, errors = command("causal", "cohort", "--do", "cardiomegaly=positive", "--n", 2, "--out", tmp_path / "cohort.csv")
+    status, _, errors = command("causal", "cohort", "--do", "cardiomegaly=positive", "--n", 2,
+                                "--out", tmp_path / "cohort.csv")
     assert status == 0, errors
     rows = list(csv.DictReader(open(tmp_path / "cohort.csv")))
     assert [row["cardiomegaly"] for row in rows] == ["positive"] * 2 and all(row["age"] and row["sex"] for row in rows)
@@ -586,10 +601,11 @@ def test_a_cohort_of_whole_patients(tmp_path, command):
 @pytest.mark.parametrize("change, message", [
     ({"width": 0}, "width is 0, not a whole number from 1"), ({"depth": 10 ** 7}, "depth is 10000000"),
     ({"shares": {}}, "shares are not those of the graph"), ({"graph": {"sex": ["sex"]}}, "cycle"),
-    ({"shares": {"sex": [1, "x"]}}, "shares of sex: not 2 numbers"), ({"shares": {"sex": [float("nan"), 1]}}, "shares of sex")])
+    ({"shares": {"sex": [1, "x"]}}, "shares of sex: not 2 numbers"),
+    ({"shares": {"sex": [float("nan"), 1]}}, "shares of sex")])
 def test_a_damaged_configuration_is_one_line(tmp_path, command, change, message):
-    config = {"graph": {"sex": []}, "shares": {"sex": [0.5, 0.5]}, "datasets": ["own"], "closed_world": False, "width": 8,
-              "depth": 1, "source": [], "rows": 3}
+    config = {"graph": {"sex": []}, "shares": {"sex": [0.5, 0.5]}, "datasets": ["own"], "closed_world": False,
+              "width": 8, "depth": 1, "source": [], "rows": 3}
     hub.save_model(mechanisms.CausalModel(mechanisms.CausalConfig(**config)), tmp_path / "model", torch.float32)
     (tmp_path / "model/config.json").write_text(json.dumps(config | change))
     status, _, errors = command("causal", "sample", tmp_path / "model", "--out", tmp_path / "out.csv")
@@ -599,7 +615,8 @@ def test_a_damaged_configuration_is_one_line(tmp_path, command, change, message)
 def test_the_embedded_model_holds_its_promises():
     model = patients.load(DEMO)
     assert sum(path.stat().st_size for path in DEMO.rglob("*")) < 1e6 and model.config.rows == 100_017
-    records = [{key: record[key] for key in model.names if key in record} for record in patients.sample(model, 100, seed=5)]
+    records = [{key: record[key] for key in model.names if key in record}
+               for record in patients.sample(model, 100, seed=5)]
     places = patients.to_places(model, records, range(100))
     again, age = model.predict(model.abduct(places)), model.names.index("age")
     assert (again - places)[:, age].abs().max() < 1e-3

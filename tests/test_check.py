@@ -1,4 +1,5 @@
-"""Contradictions between images and what they were asked to show: by hand, and on a folder of sample.py whose images lie."""
+"""Contradictions between images and what they were asked to show: by hand, and on a folder of sample.py whose images
+lie."""
 import json
 
 import numpy as np
@@ -42,12 +43,13 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "load", lambda folder: Bright())
     monkeypatch.setattr(classifier, "predict", lambda model, images: model.predict(list(images)))
     monkeypatch.setattr(hub, "fingerprint", lambda place: "f" * 16)
-    settings = {"weights": "w", "fingerprint": "f" * 16, "steps": 3, "solver": "euler", "guidance": 2.0, "interval": [0, 1],
-                "precision": "float32"}
+    settings = {"weights": "w", "fingerprint": "f" * 16, "steps": 3, "solver": "euler", "guidance": 2.0,
+                "interval": [0, 1], "precision": "float32"}
     names, records = [f"{i:04}" for i in range(6)], [{"sex": "female", "age": 50.0}] * 6
     (tmp_path / "s/images").mkdir(parents=True)
     for i, name in enumerate(names):
-        sample.write_image(tmp_path / "s", name, torch.full((1, 32, 32), 0.5 if i % 2 else -0.5), records[i], 10 + i, settings)
+        sample.write_image(tmp_path / "s", name, torch.full((1, 32, 32), 0.5 if i % 2 else -0.5), records[i], 10 + i,
+                           settings)
     sample.write_tables(tmp_path / "s", names, records, list(range(10, 16)), settings)
     (tmp_path / "s/sample.json").write_text(json.dumps(settings | {"images": 6}))
     return tmp_path / "s"
@@ -81,10 +83,11 @@ def test_contradicted_images_are_made_anew_in_a_folder_that_says_so(folder, monk
     assert status == 0, errors
     out = folder.with_name("s-checked")
     assert f"{3 + 2 + 6} images made anew, 1 still contradicted after 8 tries" in output
-    assert len(set(sum(asked, []))) == 11 and not set(sum(asked, [])) & set(range(100))      # no seed twice, none of a neighbour
+    # No seed twice, none of a neighbour.
+    assert len(set(sum(asked, []))) == 11 and not set(sum(asked, [])) & set(range(100))
     levels = [pixels.load_image(out / f"images/{i:04}.png").mean().item() for i in range(6)]
     assert levels == pytest.approx([-0.5, -0.5, -0.5, -0.25, -0.5, 0.5], abs=0.01)
-    assert before == {path: path.read_bytes() for path in folder.rglob("*.png")}             # the sample stays as it was
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.png")}     # the sample stays as it was
     assert "made anew" in Image.open(out / "images/0000.png").text["Selected"]
     seeds = [row.split(",")[1] for row in (out / "metadata.csv").read_text().split()[1:]]
     assert seeds[0] == "10" and int(seeds[1]) == 11 + 2 * check.SEED_STEP and seeds[5] == "15"
@@ -94,7 +97,8 @@ def test_contradicted_images_are_made_anew_in_a_folder_that_says_so(folder, monk
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, command):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sample, "load_weights", lambda folder: (None, None))
-    for arguments, message in (([tmp_path / "empty"], "no sample.json"), ([folder, "--out", tmp_path / "x"], "give --redraw too")):
+    for arguments, message in (([tmp_path / "empty"], "no sample.json"),
+                               ([folder, "--out", tmp_path / "x"], "give --redraw too")):
         status, _, errors = command("diagnosis", "check", *arguments)
         assert status == 2 and message in errors and len(errors.splitlines()) == 1
     monkeypatch.setattr(hub, "fingerprint", lambda place: "0" * 16)

@@ -1,4 +1,5 @@
-"""The diagnostic model: its measures beside scikit-learn, unknown labels, and what it learns of images whose truth is known."""
+"""The diagnostic model: its measures beside scikit-learn, unknown labels, and what it learns of images whose truth is
+known."""
 import json
 import math
 
@@ -19,8 +20,8 @@ SMALL = EncoderConfig(width=64, depth=2, heads=1, patch=8, image_size=32, channe
 
 
 def write_source(root, count, seed, unknown=0.0, split=None):
-    """Pictures that show what their row says: a bright left half is an effusion, a bright bottom is a man, brightness is
-    age. A share of the labels is unknown."""
+    """Pictures that show what their row says: a bright left half is an effusion, a bright bottom is a man, brightness
+    is age. A share of the labels is unknown."""
     rng = np.random.default_rng(seed)
     (root / "images").mkdir(parents=True)
     records = []
@@ -30,8 +31,8 @@ def write_source(root, count, seed, unknown=0.0, split=None):
         picture[8:16, :16] += 60 * effusion
         picture[20:] += 50 * male
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / f"images/{i}.png")
-        record = {"path": f"images/{i}.png", "patient": f"{seed}-{i // 2}", "dataset": "own", "age": age, "sex": "male" if male else "female",
-                  "pleural_effusion": "positive" if effusion else "negative"}
+        record = {"path": f"images/{i}.png", "patient": f"{seed}-{i // 2}", "dataset": "own", "age": age,
+                  "sex": "male" if male else "female", "pleural_effusion": "positive" if effusion else "negative"}
         record = {k: v for k, v in record.items() if k in ("path", "patient", "dataset") or rng.random() >= unknown}
         records.append(record | {"split": split or stable_split(record["patient"], 0.2, 0.2)})
     cli.write_csv(root / "index.csv", COLUMNS, map(index_row, records))
@@ -67,12 +68,14 @@ def test_calibration_error_beside_scikit_learn():
     positive = rng.random(2000) < probability ** 2
     share, mean = calibration.calibration_curve(positive, probability, n_bins=10)
     counts = np.histogram(probability, 10, (0, 1))[0]
-    assert classifier.calibration_error(probability, positive) == pytest.approx((counts * np.abs(share - mean)).sum() / 2000, abs=1e-12)
+    assert classifier.calibration_error(probability, positive) == pytest.approx(
+        (counts * np.abs(share - mean)).sum() / 2000, abs=1e-12)
 
 
 def test_aurocs_by_hand_and_by_scipy():
     """Of 2 positives and 3 negatives 4 of 6 pairs are in order and one is tied; and Mann and Whitney's U of scipy."""
-    assert classifier.auroc(np.array([3, 1, 1, 0, 2]), np.array([True, True, False, False, False])) == pytest.approx(4.5 / 6)
+    assert classifier.auroc(np.array([3, 1, 1, 0, 2]),
+                            np.array([True, True, False, False, False])) == pytest.approx(4.5 / 6)
     rng = np.random.default_rng(1)
     scores, positive = rng.integers(0, 5, 40), rng.random(40) < 0.4
     u = stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
@@ -81,8 +84,8 @@ def test_aurocs_by_hand_and_by_scipy():
 
 @pytest.mark.parametrize("area, m, n", [(0.8, 4, 100), (0.5, 20, 20), (0.99, 1, 30), (1.0, 3, 50), (0.0, 5, 9)])
 def test_newcombes_interval_solves_his_equation(area, m, n):
-    """Method 5 in its other form: V = A (1 - A) / (m n) [(2 N - 1) - (3 N - 3) / ((2 - A) (1 + A))], N = (m + n) / 2. Its ends
-    lie 1.96 standard errors from the estimate, found on a grid."""
+    """Method 5 in its other form: V = A (1 - A) / (m n) [(2 N - 1) - (3 N - 3) / ((2 - A) (1 + A))], N = (m + n) / 2.
+    Its ends lie 1.96 standard errors from the estimate, found on a grid."""
     grid, half = np.linspace(0, 1, 200_001), (m + n) / 2
     variance = grid * (1 - grid) / (m * n) * ((2 * half - 1) - (3 * half - 3) / ((2 - grid) * (1 + grid)))
     inside = grid[(area - grid) ** 2 <= stats.norm.ppf(0.975) ** 2 * variance + 1e-15]
@@ -97,8 +100,9 @@ def test_wilsons_interval_beside_scipy():
 
 @pytest.mark.parametrize("positives, images, least", [(2, 1, 0.94), (4, 1, 0.94), (10, 1, 0.94), (30, 4, 0.93)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(positives, images, least):
-    """Scores of positives are shifted by 1: the true AUROC is Phi(1 / sqrt 2). With four images a patient, nearly alike, an
-    interval that counted images would be half as wide and far too sure. (A bootstrap holds .56 with two positives.)"""
+    """Scores of positives are shifted by 1: the true AUROC is Phi(1 / sqrt 2). With four images a patient, nearly
+    alike, an interval that counted images would be half as wide and far too sure. (A bootstrap holds .56 with two
+    positives.)"""
     truth, held, count = stats.norm.cdf(1 / math.sqrt(2)), 0, 1500
     rng = np.random.default_rng(0)
     for _ in range(count):
@@ -111,7 +115,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(positives, images, lea
 
 
 def test_intervals_count_patients(source, fitted):
-    """The same images under one patient each or under four: the second interval is wider, and the first that of its count."""
+    """The same images under one patient each or under four: the second interval is wider, and the first that of its
+    count."""
     model = hub.load_model(classifier.Classifier, classifier.ClassifierConfig, fitted)
     dataset = classifier.Labelled([source], None, model.config.datasets)
     predicted, rows = classifier.predict(model, dataset), {}
@@ -123,7 +128,8 @@ def test_intervals_count_patients(source, fitted):
         alone, four = rows[1][key], rows[4][key]
         assert four["interval"][1] - four["interval"][0] > alone["interval"][1] - alone["interval"][0]
     sex = rows[1]["sex", "male"]
-    assert sex["interval"] == pytest.approx(classifier.auroc_interval(sex["auroc"], sex["positives"], sex["n"] - sex["positives"]))
+    assert sex["interval"] == pytest.approx(
+        classifier.auroc_interval(sex["auroc"], sex["positives"], sex["n"] - sex["positives"]))
 
 
 def test_the_bootstrap_of_a_mean_is_students_interval():
@@ -181,7 +187,8 @@ def test_it_learns_what_the_pictures_show(fitted, source, command, tmp_path):
 def test_temperatures_make_the_held_out_answers_likeliest(fitted, source):
     """A third of the held-out labels is wrong, so that a sure model is too sure."""
     model = hub.load_model(classifier.Classifier, classifier.ClassifierConfig, fitted)
-    held_out, column = classifier.Labelled([source], "valid", model.config.datasets), fields.CODED.index("pleural_effusion")
+    held_out, column = (classifier.Labelled([source], "valid", model.config.datasets),
+                        fields.CODED.index("pleural_effusion"))
     code = held_out.codes[:, column]
     code[::3] = torch.where(code[::3] > 0, 3 - code[::3], 0)
     code = code.numpy()
@@ -206,7 +213,8 @@ def test_robustness_finds_the_subgroup_where_it_breaks(fitted, tmp_path, command
     pictures = [path.read_bytes() for path in women]
     for path, picture in zip(women, pictures[1:] + pictures[:1]):
         path.write_bytes(picture)
-    status, output, errors = command("diagnosis", "robustness", root, "--model", fitted, "--by", "sex", "--json", tmp_path / "r.json")
+    status, output, errors = command("diagnosis", "robustness", root, "--model", fitted, "--by", "sex",
+                                     "--json", tmp_path / "r.json")
     assert status == 0, errors
     table = json.loads((tmp_path / "r.json").read_text())
     effusion = {group: next(r for r in rows if r["field"] == "pleural_effusion") for group, rows in table.items()}
@@ -219,8 +227,9 @@ def test_robustness_finds_the_subgroup_where_it_breaks(fitted, tmp_path, command
 @pytest.mark.slow
 def test_utility_tells_useful_synthetic_data_from_useless(source, tmp_path, command):
     useful = write_source(tmp_path / "useful", 120, 2, split="train")
-    status, output, errors = command("diagnosis", "utility", source, "--synthetic", useful, "--out", tmp_path / "u", "--images", 2048, "--lr",
-                                     2e-3, "--width", 64, "--depth", 1, "--json", tmp_path / "u.json")
+    status, output, errors = command("diagnosis", "utility", source, "--synthetic", useful, "--out", tmp_path / "u",
+                                     "--images", 2048, "--lr", 2e-3, "--width", 64, "--depth", 1,
+                                     "--json", tmp_path / "u.json")
     assert status == 0, errors
     table = json.loads((tmp_path / "u.json").read_text())
     sex = {regime: next(r for r in rows if r["field"] == "sex" and "auroc" in r) for regime, rows in table.items()}
@@ -238,7 +247,8 @@ def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--width", "100"], "--width 100 is not a multiple of 64"), (["--patch", "7"], "--patch 7 does not divide 32 pixels"),
+    (["--width", "100"], "--width 100 is not a multiple of 64"),
+    (["--patch", "7"], "--patch 7 does not divide 32 pixels"),
     (["--encoder", "nowhere"], "nowhere")])
 def test_bad_arguments(source, tmp_path, command, arguments, message):
     status, _, errors = command("diagnosis", "fit", source, "--out", tmp_path / "out", *arguments)

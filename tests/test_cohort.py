@@ -13,8 +13,8 @@ from radiographs import fields
 from radiographs.index import COLUMNS, index_row, read_rows
 from training import finetune
 
-COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": {"white": 3, "asian": 1}, "age": [20.5, 70],
-           "pneumonia": {"positive": 2}, "dataset": {"own": 9}}
+COVERED = {"sex": {"female": 5, "male": 4}, "view": {"PA": 9, "AP": 3}, "race": {"white": 3, "asian": 1},
+           "age": [20.5, 70], "pneumonia": {"positive": 2}, "dataset": {"own": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,25 @@ def test_every_combination_comes_as_often():
 
 
 def test_the_causal_model_draws_the_rest(model):
-    """Against plain draws under one intervention; the set values come through, and No Finding agrees with the findings."""
+    """Against plain draws under one intervention; the set values come through, and No Finding agrees with the
+    findings."""
     records, _, _ = cohort.balanced(["sex", "view"], 8, 3, COVERED, model)
     assert records[0] == patients.sample(model, 1, {"sex": "female", "view": "AP"}, 3)[0]
     assert records[3] == patients.sample(model, 4, {"sex": "male", "view": "PA"}, 3)[3]
-    many, _, left_out = cohort.balanced(["cardiomegaly", "sex"], 80, 0, COVERED | {"cardiomegaly": {"positive": 1, "negative": 1}}, model)
+    many, _, left_out = cohort.balanced(["cardiomegaly", "sex"], 80, 0,
+                                        COVERED | {"cardiomegaly": {"positive": 1, "negative": 1}}, model)
     assert not left_out and collections.Counter(r["cardiomegaly"] for r in many) == {"positive": 40, "negative": 40}
     assert all(r["no_finding"] == "negative" for r in many if r["cardiomegaly"] == "positive")
-    effusions = {value: sum(r["pleural_effusion"] == "positive" for r in many if r["cardiomegaly"] == value) for value in ("positive", "negative")}
+    effusions = {value: sum(r["pleural_effusion"] == "positive" for r in many if r["cardiomegaly"] == value)
+                 for value in ("positive", "negative")}
     assert effusions["positive"] > effusions["negative"]             # its cause in the graph
 
 
 def test_what_the_causal_model_does_not_cover_is_left_out_by_name(model):
     covered = COVERED | {"dataset": {"ChestX-ray14": 5, "kermany": 5}}
     records, cells, left_out = cohort.balanced(["dataset", "race"], 4, 0, covered, model)  # the model has no race
-    assert cells == [("ChestX-ray14", "asian"), ("ChestX-ray14", "white")] and left_out == ["dataset=kermany", "race=black"]
+    assert cells == [("ChestX-ray14", "asian"), ("ChestX-ray14", "white")] \
+        and left_out == ["dataset=kermany", "race=black"]
     assert [r["race"] for r in records] == ["asian", "white"] * 2
 
 
@@ -63,7 +67,8 @@ def test_what_cannot_be_balanced_is_refused(model, names, message):
 
 def test_what_was_never_seen_together_is_left_out(model):
     """A data set of children: it is balanced over the ages that it has, and no grown-up of it is asked for."""
-    seen = [{"dataset": "own", "age": 40.0, "sex": "male", "view": "PA"}, {"dataset": "own", "age": 65.0, "sex": "female"},
+    seen = [{"dataset": "own", "age": 40.0, "sex": "male", "view": "PA"},
+            {"dataset": "own", "age": 65.0, "sex": "female"},
             {"dataset": "children", "age": 21.0, "sex": "male"}, {"dataset": "children", "age": 21.0, "sex": "female"}]
     covered, pairs = fields.coverage(seen), fields.count_pairs(seen)
     records, cells, left_out = cohort.balanced(["dataset", "age"], 12, 0, covered, None, pairs)
@@ -79,16 +84,19 @@ def test_what_was_never_seen_together_is_left_out(model):
 
 
 def run(monkeypatch, command, out, *arguments, covered=COVERED):
-    """python -m causal cohort for weights that cover `covered`, without a causal model beside them; rows and what it said."""
+    """python -m causal cohort for weights that cover `covered`, without a causal model beside them; rows and what it
+    said."""
     config = SimpleNamespace(datasets=(*fields.DATASETS, "own"), covered=covered, pairs={})
     monkeypatch.setattr(sample, "load_weights", lambda folder: (SimpleNamespace(config=config), None))
-    status, output, errors = command("causal", "cohort", "--weights", out / "weights", "--out", out / "t.csv", *arguments)
+    status, output, errors = command("causal", "cohort", "--weights", out / "weights", "--out", out / "t.csv",
+                                     *arguments)
     assert status == 0, errors
     return list(csv.DictReader(open(out / "t.csv"))), output
 
 
 def test_the_command_writes_a_balanced_table(tmp_path, monkeypatch, command):
-    rows, output = run(monkeypatch, command, tmp_path, "--balance", "sex,age", "--n", 11, "--set", "view=PA", "--seed", 4)
+    rows, output = run(monkeypatch, command, tmp_path, "--balance", "sex,age", "--n", 11, "--set", "view=PA",
+                       "--seed", 4)
     assert "6 combinations of sex, age, 1 or 2 rows each" in output and "no causal model beside the weights" in output
     assert "do not cover them: age=0-17, age=80-120" in output
     assert [row["sex"] for row in rows] == ["female"] * 3 + ["male"] * 3 + ["female"] * 3 + ["male"] * 2
@@ -98,10 +106,11 @@ def test_the_command_writes_a_balanced_table(tmp_path, monkeypatch, command):
 
 
 def test_like_takes_the_rows_of_an_index(tmp_path, monkeypatch, command):
-    records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i, "sex": "male",
-                "race": "black"} for i in range(4)]                  # the weights were never taught that race
+    records = [{"path": f"{i}.png", "patient": str(i), "split": "test" if i else "train", "age": 30.0 + i,
+                "sex": "male", "race": "black"} for i in range(4)]   # the weights were never taught that race
     write_csv(tmp_path / "index.csv", COLUMNS, map(index_row, records))
-    rows, output = run(monkeypatch, command, tmp_path, "--like", tmp_path, "--split", "test", "--n", 6, "--set", "view=PA")
+    rows, output = run(monkeypatch, command, tmp_path, "--like", tmp_path, "--split", "test", "--n", 6,
+                       "--set", "view=PA")
     assert "6 of 24 values were not covered" in output
     ages = [float(row["age"]) for row in rows]
     assert sorted(ages[:3]) == sorted(ages[3:]) == [31, 32, 33]
@@ -129,19 +138,23 @@ def test_rows_by_the_names_of_fields(tmp_path):
 
 
 def test_rows_in_the_columns_of_an_index(tmp_path):
-    row = {"path": "images/a.png", "patient": "p", "split": "test", "age": 30.0, "sex": "female", "pneumonia": "positive"}
+    row = {"path": "images/a.png", "patient": "p", "split": "test", "age": 30.0, "sex": "female",
+           "pneumonia": "positive"}
     write_csv(tmp_path / "index.csv", COLUMNS, [index_row(row)])
     records, seeds = read_rows(tmp_path / "index.csv", fields.DATASETS, COVERED)
     assert records == [{"age": 30.0, "sex": "female", "pneumonia": "positive"}] and seeds == [None]
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "empty, where a first line"), ("age\n", "no rows"), ("age,colour\n3,red\n", "unknown column colour; accepted: seed, dataset"),
+    ("", "empty, where a first line"), ("age\n", "no rows"),
+    ("age,colour\n3,red\n", "unknown column colour; accepted: seed, dataset"),
     ("age,sex\n30,F\n30,q\n", "line 3, column sex: unknown value 'q' for sex; accepted: female, male"),
     ("age\n30\n400\n", "line 3, column age: age '400' is not a number of years"),
-    ("age,sex\n30\n", "line 2: 1 cells, where the first line names 2"), ("age\n30,40\n", "line 2: 2 cells, where the first line names 1"),
+    ("age,sex\n30\n", "line 2: 1 cells, where the first line names 2"),
+    ("age\n30,40\n", "line 2: 2 cells, where the first line names 1"),
     ("seed\n-1\n", "line 2, column seed: '-1'"), ("seed\n" + "9" * 30, "line 2, column seed"),
-    ("age\n30\n90\n", "line 3: age 90 was not covered"), ("edema\npositive\n", "line 2: the training data of these weights says nothing"),
+    ("age\n30\n90\n", "line 3: age 90 was not covered"),
+    ("edema\npositive\n", "line 2: the training data of these weights says nothing"),
     ("ImagePath,Age\na.png,3\n", "line 2: no column 'Dataset_name'")])
 def test_a_bad_table_is_one_line_that_names_row_and_column(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
@@ -164,7 +177,8 @@ def test_a_missing_table_and_one_that_is_no_text(tmp_path):
     ({"edema": "positive", "lung_opacity": "negative"}, {"edema": "positive"},
      ["lung_opacity=negative contradicts edema=positive and is taken as unknown"]),
     ({"no_finding": "positive", "age": 3.0}, {"no_finding": "positive", "age": 3.0}, []),
-    ({"no_finding": "positive", "support_devices": "positive"}, {"no_finding": "positive", "support_devices": "positive"}, [])])
+    ({"no_finding": "positive", "support_devices": "positive"},
+     {"no_finding": "positive", "support_devices": "positive"}, [])])
 def test_a_request_that_contradicts_itself_is_read_by_the_label_policy(request_, resolved, notes):
     assert fields.resolve_request(request_) == (resolved, notes)
 
@@ -172,9 +186,11 @@ def test_a_request_that_contradicts_itself_is_read_by_the_label_policy(request_,
 # --- pairs of values that the training data holds --------------------------------------------------------
 
 def test_pairs_are_counted_and_what_was_never_together_is_named():
-    records = [{"dataset": "own", "age": 3.0, "sex": "male"}, {"dataset": "own", "age": 5.5}, {"age": 80.0, "sex": "male"}]
+    records = [{"dataset": "own", "age": 3.0, "sex": "male"}, {"dataset": "own", "age": 5.5},
+               {"age": 80.0, "sex": "male"}]
     pairs = fields.count_pairs(records)
-    assert pairs == {"dataset=own": {"age=0-17": 2, "sex=male": 1}, "age=0-17": {"sex=male": 1}, "age=80-120": {"sex=male": 1}}
+    assert pairs == {"dataset=own": {"age=0-17": 2, "sex=male": 1}, "age=0-17": {"sex=male": 1},
+                     "age=80-120": {"sex=male": 1}}
     assert fields.never_together({"dataset": "own", "age": 81.0}, pairs) == ("dataset=own", "age=80-120")
     assert fields.never_together({"age": 90.0, "sex": "male"}, pairs) is None
     assert fields.never_together({"dataset": "own", "age": 81.0}, {}) is None

@@ -26,7 +26,8 @@ NEW = OLD | {"cardiomegaly": "positive"}
 def model():
     """Random weights whose velocity bends enough for the solver's error to show."""
     torch.manual_seed(0)
-    net = radit.RadiT(radit.RadiTConfig(channels=1, grid=(8, 8), patch=2, width=64, depth=2, heads=1)).eval().requires_grad_(False)
+    net = radit.RadiT(radit.RadiTConfig(
+        channels=1, grid=(8, 8), patch=2, width=64, depth=2, heads=1)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.normal_(std=0.5 / (parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 5))
     return net
@@ -61,8 +62,8 @@ def test_one_step_by_hand(model):
 
 
 def test_what_is_followed_back_carries_the_noise_of_training(model):
-    """A velocity model on pixels knows the clean image; a VAE's posterior has its variance; data prediction ends at 0.95. The
-    draw is the same for every image and in any batch, and standard normal."""
+    """A velocity model on pixels knows the clean image; a VAE's posterior has its variance; data prediction ends at
+    0.95. The draw is the same for every image and in any batch, and standard normal."""
     x = torch.zeros(2, 1, 64, 64)
     clean, t = edit.encode(model, None, x)
     assert t == 1 and torch.equal(clean, x)
@@ -83,7 +84,8 @@ def test_what_stays_is_not_amplified(model):
 
 def test_less_depth_changes_less(model):
     x = small_images()
-    changes = [(edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, steps=16, depth=depth) - x).abs().mean() for depth in (0.1, 0.5, 1.0)]
+    changes = [(edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, steps=16, depth=depth) - x).abs().mean()
+               for depth in (0.1, 0.5, 1.0)]
     assert changes[0] < changes[1] < changes[2]
 
 
@@ -91,7 +93,8 @@ def test_outside_the_mask_every_pixel_stays(model):
     x, mask = small_images(), torch.zeros(1, 1, 8, 8)
     mask[..., 2:6, 2:6] = 1
     result = edit.edit(model, None, x, [OLD] * 2, [NEW] * 2, steps=8, mask=mask)
-    assert torch.equal(torch.where(mask > 0, 0, result), torch.where(mask > 0, 0, x)) and not torch.allclose(result, x, atol=1e-2)
+    assert torch.equal(torch.where(mask > 0, 0, result), torch.where(mask > 0, 0, x)) \
+        and not torch.allclose(result, x, atol=1e-2)
     # The same metadata and no new noise: the inside comes back too; with new noise it is another.
     same = edit.edit(model, None, x, [OLD] * 2, [OLD] * 2, guidance=1, steps=64, mask=mask)
     assert (same - x).abs().max() < 5e-3
@@ -100,23 +103,26 @@ def test_outside_the_mask_every_pixel_stays(model):
 
 
 def test_descendants_follow_and_others_stay():
-    record = {"age": 60.0, "sex": "male", "view": "PA", "dataset": "kermany", "pleural_effusion": "negative", "no_finding": "positive"}
+    record = {"age": 60.0, "sex": "male", "view": "PA", "dataset": "kermany", "pleural_effusion": "negative",
+              "no_finding": "positive"}
     changed = edit.act(record, {"pleural_effusion": "positive"}, sample.DEMO / "causal")
     assert changed["pleural_effusion"] == "positive" and changed["no_finding"] == "negative"
-    assert {f: changed[f] for f in ("age", "sex", "view", "dataset")} == {f: record[f] for f in ("age", "sex", "view", "dataset")}
-    alone = edit.act(record, {"pleural_effusion": "positive"}, None) # nothing follows, but a normal image it is no longer
+    assert {f: changed[f] for f in ("age", "sex", "view", "dataset")} == {
+        f: record[f] for f in ("age", "sex", "view", "dataset")}
+    # Nothing follows, but a normal image it is no longer.
+    alone = edit.act(record, {"pleural_effusion": "positive"}, None)
     assert alone == record | {"pleural_effusion": "positive", "no_finding": "negative"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change, name", [
-    ({"cardiomegaly": "positive"}, "heart"), ({"cardiomegaly": "negative"}, "heart"), ({"pleural_effusion": "positive"}, "fluid"),
-    ({"pleural_effusion": "negative"}, "fluid"), ({"support_devices": "negative"}, "device"), ({"age": 15.0}, "body"),
-    ({"age": 85.0}, "body")], ids=str)
+    ({"cardiomegaly": "positive"}, "heart"), ({"cardiomegaly": "negative"}, "heart"),
+    ({"pleural_effusion": "positive"}, "fluid"), ({"pleural_effusion": "negative"}, "fluid"),
+    ({"support_devices": "negative"}, "device"), ({"age": 15.0}, "body"), ({"age": 85.0}, "body")], ids=str)
 def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change, name):
-    """Held-out phantoms in which the value is another, edited with the default guidance. What is measured goes at least half the
-    way to where the rule says; the rest stays near its own rule. Followed back from the clean picture at t = 1, as if data
-    prediction knew it, bodies would not widen at all."""
+    """Held-out phantoms in which the value is another, edited with the default guidance. What is measured goes at least
+    half the way to where the rule says; the rest stays near its own rule. Followed back from the clean picture at
+    t = 1, as if data prediction knew it, bodies would not widen at all."""
     net, _ = sample.load_weights(phantom_weights)
     choose, noise, records = random.Random(99), np.random.default_rng(99), []
     while len(records) < 16:
@@ -137,7 +143,8 @@ def test_phantoms_change_as_the_rule_says_and_only_so(phantom_weights, change, n
 
 
 def error(images, rule):
-    """The mean distance of each measured quantity from the rule's; of the device, how often it is wrongly there or not."""
+    """The mean distance of each measured quantity from the rule's; of the device, how often it is wrongly there or
+    not."""
     rows = [phantom.measure((x[0].numpy() + 1) / 2) for x in images]
     seen = {name: np.array([row[name] for row in rows]) for name in ("body", "heart", "fluid")}
     seen["device"] = np.array([float(max(row["left"], row["right"]) > 0.8) for row in rows])
@@ -152,7 +159,8 @@ def error(images, rule):
     (["{image}", "--given", "sex=female", "--set", "sex=female", "--mask", "{half}"], "nothing to change"),
     (["{image}", "--given", "pneumonia=positive", "--set", "no_finding=positive", "--no-causal"],
      "contradicts pneumonia=positive"),
-    (["{image}", "--set", "sex=unknown"], "nothing to change"), (["{image}", "--set", "sex"], "not of the form FIELD=VALUE"),
+    (["{image}", "--set", "sex=unknown"], "nothing to change"),
+    (["{image}", "--set", "sex"], "not of the form FIELD=VALUE"),
     (["{image}", "--sweep", "sex=1:2:1"], "accepted is age=FIRST:LAST:STEP"),
     (["{image}", "--sweep", "age=20:30:0"], "accepted is age=FIRST:LAST:STEP"),
     (["{image}", "--sweep", "age=20:30:nan"], "accepted is age=FIRST:LAST:STEP"),
@@ -176,7 +184,8 @@ def test_bad_input_is_one_line(tmp_path, command, arguments, message):
     Image.new("RGB", (128, 128), "red").save(files["red"])
     Image.new("L", (128, 128), "white").save(files["white"])
     files["cut"].write_bytes(files["image"].read_bytes()[:200])
-    status, output, errors = command("causal", "edit", *[a.format(**files) for a in arguments], "--out", tmp_path / "out")
+    status, output, errors = command("causal", "edit", *[a.format(**files) for a in arguments],
+                                     "--out", tmp_path / "out")
     assert status == 2 and message in output + errors and not (tmp_path / "out").exists()
     assert len(errors.splitlines()) == 1
 
@@ -210,7 +219,8 @@ def test_a_sheet_shows_each_picture_at_384_pixels_under_the_change():
     sheet = edit_command.sheet("sex male to female", small)
     assert sheet.size == (4 * 384, 26 + 26 + 384)
     array = np.asarray(sheet.convert("L"))
-    assert (array[52:] == 255).all() and array[:26].max() > 128 and (array[:26] == 0).mean() > 0.5   # the title is above
+    # The title is above.
+    assert (array[52:] == 255).all() and array[:26].max() > 128 and (array[:26] == 0).mean() > 0.5
     assert edit_command.sheet("x", {"a": Image.new("L", (512, 512))}).size[0] == 512
     assert edit_command.sheet(" ".join(["word"] * 300), small).size[1] > 26 + 26 + 384               # broken into lines
     assert edit_command.sheet("x", small, columns=2).size == (2 * 384, 26 + 2 * (26 + 384))
@@ -230,8 +240,8 @@ def test_a_classifiers_unsure_answers_stay_unknown(monkeypatch):
     config = SimpleNamespace(covered={field: {"a": 1, "b": 1} for field in chances}, age_error=12.3)
     judge = SimpleNamespace(values=values, config=config, parameters=lambda: iter([torch.zeros(1)]))
     monkeypatch.setattr(edit.classifier, "load", lambda folder: Judge(judge, torch.tensor([33.33]), logits))
-    covered = {"view": {"PA": 1, "AP": 1}, "sex": {"male": 1}, "no_finding": {"positive": 1}, "pneumonia": {"positive": 1},
-               "age": [0, 30]}
+    covered = {"view": {"PA": 1, "AP": 1}, "sex": {"male": 1}, "no_finding": {"positive": 1},
+               "pneumonia": {"positive": 1}, "age": [0, 30]}
     record, lines = edit.infer({}, torch.zeros(1, 1, 8, 8), covered)
     assert record == {"view": "PA", "no_finding": "positive", "age": 30}     # as old as the weights know
     assert "sex stays unknown: male has the probability 0.70" in lines
@@ -253,26 +263,30 @@ def test_the_command_writes_the_pictures(tmp_path, command):
     rng = np.random.default_rng(0)
     array = (phantom.draw(phantom.random_record(random.Random(0)), rng) * 255).astype(np.uint8)
     Image.fromarray(array).resize((128, 128)).save(tmp_path / "a.png")
-    status, output, errors = command("causal", "edit", tmp_path / "a.png", "--given", "sex=male", "--given", "pneumonia=negative", "--infer",
-                                     "--set", "pneumonia=positive", "--steps", 2, "--out", tmp_path / "out")
+    status, output, errors = command("causal", "edit", tmp_path / "a.png", "--given", "sex=male",
+                                     "--given", "pneumonia=negative", "--infer", "--set", "pneumonia=positive",
+                                     "--steps", 2, "--out", tmp_path / "out")
     assert status == 0, errors
     assert "inferred view=" in output and "inferred sex" not in output and "to positive" in output
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
-    assert Image.open(tmp_path / "out/sheet.png").size[0] == 4 * 384 and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
+    assert Image.open(tmp_path / "out/sheet.png").size[0] == 4 * 384 \
+        and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
     a, b = (pixels.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
     shown = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)
     brighter, darker = ((b - a)[0] > 0.05).numpy(), ((b - a)[0] < -0.05).numpy()
-    assert (shown[brighter][:, 0] > shown[brighter][:, 2]).all() and (shown[darker][:, 2] > shown[darker][:, 0]).all() and brighter.any()
+    assert (shown[brighter][:, 0] > shown[brighter][:, 2]).all() \
+        and (shown[darker][:, 2] > shown[darker][:, 0]).all() and brighter.any()
 
 
 def test_outside_a_mask_the_difference_picture_is_white(tmp_path, command):
     array = (phantom.draw(phantom.random_record(random.Random(0)), np.random.default_rng(0)) * 255).astype(np.uint8)
     Image.fromarray(array).resize((256, 256)).save(tmp_path / "a.png")
     mask = np.zeros((256, 256), np.uint8)
-    mask[100:160, 60:200] = 255                                      # drawn on the original, twice as large as it is edited
+    mask[100:160, 60:200] = 255                  # drawn on the original, twice as large as it is edited
     Image.fromarray(mask).save(tmp_path / "m.png")
-    status, _, errors = command("causal", "edit", tmp_path / "a.png", "--set", "pneumonia=positive", "--mask", tmp_path / "m.png",
-                                "--steps", 1, "--out", tmp_path / "out")
+    status, _, errors = command("causal", "edit", tmp_path / "a.png", "--set", "pneumonia=positive",
+                                "--mask", tmp_path / "m.png", "--steps", 1, "--out", tmp_path / "out")
     assert status == 0, errors
     outside = mask[::2, ::2] == 0
     original, edited = (np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in ("original", "edit"))
@@ -286,20 +300,25 @@ def test_a_patients_dicom_file_comes_back_as_a_synthetic_one_that_names_nobody(t
     image = torch.from_numpy(np.array(Image.fromarray(array).resize((128, 128)))).float()[None] / 127.5 - 1
     dicom.write(tmp_path / "a.dcm", image, {"age": 30.0}, "demo", 0)
     ds = pydicom.dcmread(tmp_path / "a.dcm")
-    ds.PatientName, ds.PatientID, ds.AccessionNumber, ds.InstitutionName = "Doe^Jane", "MRN4711", "ACC4711", "St. Elsewhere"
+    ds.PatientName, ds.PatientID, ds.AccessionNumber, ds.InstitutionName = (
+        "Doe^Jane", "MRN4711", "ACC4711", "St. Elsewhere")
     ds.save_as(tmp_path / "a.dcm")
-    status, output, errors = command("causal", "edit", tmp_path / "a.dcm", "--sweep", "age=20:60:20", "--no-causal", "--steps", 2, "--dicom",
-                                     "--out", tmp_path / "sweep")
+    status, output, errors = command("causal", "edit", tmp_path / "a.dcm", "--sweep", "age=20:60:20", "--no-causal",
+                                     "--steps", 2, "--dicom", "--out", tmp_path / "sweep")
     assert status == 0, errors
     strip = Image.open(tmp_path / "sweep/strip.png")                 # the original and three ages
     assert strip.size[0] == 4 * 384 and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
     shown = np.asarray(strip.convert("L"))[-384:, :384].astype(float)
-    prepared = Image.fromarray(pixels.read_radiograph(tmp_path / "a.dcm", 128)).resize((384, 384), Image.Resampling.BICUBIC)
+    prepared = Image.fromarray(pixels.read_radiograph(tmp_path / "a.dcm", 128)).resize(
+        (384, 384), Image.Resampling.BICUBIC)
     assert np.abs(shown - np.asarray(prepared)).max() <= 1
     files = [(tmp_path / f"sweep/age-{age}.dcm").read_bytes() for age in (20, 40, 60)]
-    assert not any(word in file for word in (b"Doe^Jane", b"MRN4711", b"ACC4711", b"Elsewhere", ds.SOPInstanceUID.encode()) for file in files)
+    assert not any(word in file
+                   for word in (b"Doe^Jane", b"MRN4711", b"ACC4711", b"Elsewhere", ds.SOPInstanceUID.encode())
+                   for file in files)
     old = pydicom.dcmread(tmp_path / "sweep/age-60.dcm")
-    assert old.PatientAge == "060Y" and old[0x0008, 0x001C].value == "YES" and "would have it with age 60" in old.DerivationDescription
+    assert old.PatientAge == "060Y" and old[0x0008, 0x001C].value == "YES" \
+        and "would have it with age 60" in old.DerivationDescription
 
 
 def test_the_error_of_an_inferred_age_is_the_measured_one():
@@ -313,8 +332,8 @@ def test_many_images_are_edited_for_the_stress_test(phantoms, tmp_path, monkeypa
     differ there, and both folders are prepared sources."""
     class Painter(torch.nn.Module):
         config = SimpleNamespace(channels=1, grid=(32, 32), prediction="velocity", shift=1.0,
-                                 datasets=(*fields.DATASETS, "phantom"), covered={"sex": {"male": 1, "female": 1}, "age": [0, 100],
-                                                                                  "dataset": {"phantom": 2}})
+                                 datasets=(*fields.DATASETS, "phantom"),
+                                covered={"sex": {"male": 1, "female": 1}, "age": [0, 100], "dataset": {"phantom": 2}})
 
         def __init__(self):
             super().__init__()
@@ -336,7 +355,9 @@ def test_many_images_are_edited_for_the_stress_test(phantoms, tmp_path, monkeypa
         assert torch.equal(unchanged[i], pixels.load_image(phantoms / "images" / name))
         where = (edited[i] != unchanged[i]).nonzero().tolist()
         assert where == [[0, 3, 3]]
-    for arguments, message in ((["--set", "sex=unknown"], "unknown is not a value"), (["--from", "age=200", "--set", "sex=male"], "age"),
+    for arguments, message in ((["--set", "sex=unknown"], "unknown is not a value"),
+                               (["--from", "age=200", "--set", "sex=male"], "age"),
                                (["--from", "sex=male", "--set", "sex=male"], "no image of the split valid has")):
-        status, _, errors = command("causal", "edit-all", phantoms, "--split", "valid", *arguments, "--out", tmp_path / "no")
+        status, _, errors = command("causal", "edit-all", phantoms, "--split", "valid", *arguments,
+                                    "--out", tmp_path / "no")
         assert status == 2 and message in errors and not (tmp_path / "no").exists()

@@ -183,7 +183,8 @@ def test_metadata_is_embedded_as_in_radit():
 
 
 def test_it_is_sampled_by_the_same_command(tmp_path):
-    """Pixels, random weights: the same image in any batch, other metadata another image, named after its own weights."""
+    """Pixels, random weights: the same image in any batch, other metadata another image, named after its own
+    weights."""
     torch.manual_seed(0)
     config = RadUNetConfig(channels=1, grid=(16, 16), patch=2, width=64, multiples=(1,), blocks=1, attending=0,
                            prediction="data", covered={"sex": {"female": 1, "male": 1}})
@@ -203,8 +204,8 @@ def test_it_is_sampled_by_the_same_command(tmp_path):
 
 @pytest.mark.slow
 def test_it_is_trained_by_the_same_command(command, tmp_path):
-    """Phantoms in pixels: the loss falls, and what is saved is sampled from as it is. Sizes and options that it does not
-    have are refused."""
+    """Phantoms in pixels: the loss falls, and what is saved is sampled from as it is. Sizes and options that it does
+    not have are refused."""
     phantom.write_source(tmp_path / "data", 40)
     radit_command = ["train.py", "radit", "--model", "radunet", "--data", tmp_path / "data", "--pixels", "--patch", 4,
                      "--no-compile", "--batch", 8, "--log-every", 4, "--save-every", 8, "--out", tmp_path / "run"]
@@ -213,7 +214,8 @@ def test_it_is_trained_by_the_same_command(command, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     model, _ = sample.load_weights(tmp_path / "run/weights")
-    assert type(model) is RadUNet and model.config.grid == (32, 32) and model.config.covered["dataset"] == {"phantom": 36}
+    assert type(model) is RadUNet and model.config.grid == (32, 32) \
+        and model.config.covered["dataset"] == {"phantom": 36}
 
 
 @pytest.mark.parametrize("more, message", [

@@ -25,14 +25,16 @@ def test_a_plain_change_has_the_size_asked_for(kind):
         assert torch.allclose(changed[:2], images[:2] + expected[:2].view(-1, 1, 1, 1), atol=1e-4)
     else:                                                            # the mean stays, the deviation changes by the size
         factor = (changed[0] - images[0].mean()).std() / images[0].std()
-        assert factor.item() == pytest.approx(1 + (1 if kind == "more contrast" else -1) * 0.01 / images[0].std().item(), abs=0.01)
+        assert factor.item() == pytest.approx(
+            1 + (1 if kind == "more contrast" else -1) * 0.01 / images[0].std().item(), abs=0.01)
     far = stress.change_by(images, kind, torch.full((4,), 9.0))      # more than any change can: as far as it goes
     assert far.isfinite().all() and far.abs().max() <= 1
 
 
 def world(n=400, models=3, seed=0):
-    """Answers of models on a finding that half of all have. Scores are normal, shifted by d where it is there, so that the
-    AUROC is Phi(d / sqrt 2). In the other group d is less, and the more so the better the model is; so it is on the edits."""
+    """Answers of models on a finding that half of all have. Scores are normal, shifted by d where it is there, so that
+    the AUROC is Phi(d / sqrt 2). In the other group d is less, and the more so the better the model is; so it is on the
+    edits."""
     rng = np.random.default_rng(seed)
     labels, d = (rng.random((1, n)) < 0.5).astype(int), np.array([1.3, 1.5, 1.7])[:models]
     other_d = np.array([1.3, 0.9, 0.5])[:models]
@@ -41,7 +43,8 @@ def world(n=400, models=3, seed=0):
                "edited": base + other_d[:, None, None] * labels}
     answers |= {kind: answers["original"] + 1 for kind in stress.PLAIN}                      # a shift changes no order
     other = other_base + other_d[:, None, None] * labels
-    return answers, labels, np.arange(n), other, labels.copy(), np.arange(n), norm.cdf([other_d / 2 ** 0.5, d / 2 ** 0.5])
+    return (answers, labels, np.arange(n), other, labels.copy(), np.arange(n),
+            norm.cdf([other_d / 2 ** 0.5, d / 2 ** 0.5]))
 
 
 def test_the_drop_is_predicted_by_edits_that_are_right_and_not_by_plain_changes():
@@ -95,7 +98,8 @@ def write_source(root, records, level):
 def edits(tmp_path):
     """A source of 24 men and 24 women, half of each with an edema, and the men edited."""
     def people(sex, first):
-        return [{"patient": f"P{first + i}", "sex": sex, "edema": "positive" if i % 2 else "negative"} for i in range(24)]
+        return [{"patient": f"P{first + i}", "sex": sex, "edema": "positive" if i % 2 else "negative"}
+                for i in range(24)]
     write_source(tmp_path / "real", people("male", 0) + people("female", 24), 0)
     write_source(tmp_path / "edits/unchanged", people("male", 0), 0)
     write_source(tmp_path / "edits/edited", [r | {"sex": "female"} for r in people("male", 0)], 20)
@@ -113,22 +117,25 @@ def edits(tmp_path):
 
 def test_the_command_reports_every_change(edits, command, monkeypatch):
     monkeypatch.setattr(stress, "REPEATS", 20)
-    status, output, errors = command("diagnosis", "stress", edits / "edits", "--data", edits / "real", "--model", edits / "model0",
-                                     "--model", edits / "model1", "--json", edits / "r.json")
+    status, output, errors = command("diagnosis", "stress", edits / "edits", "--data", edits / "real",
+                                     "--model", edits / "model0", "--model", edits / "model1",
+                                     "--json", edits / "r.json")
     assert status == 0, errors
     assert "24 edited images, 24 real ones of the other group (sex=female), 1 findings, 2 models" in output
     report = json.loads((edits / "r.json").read_text())[str(edits / "edits")]
     assert report["findings"] == ["edema"]                           # of pneumonia nothing is known
     rows = {row["change"]: row for row in report["rows"]}
     assert list(rows) == ["edited", *stress.PLAIN, "no change"]
-    assert rows["edited"]["rms"] == pytest.approx(20, abs=0.5) == rows["brighter"]["rms"] and rows["no change"]["moved"] == 0
+    assert rows["edited"]["rms"] == pytest.approx(20, abs=0.5) == rows["brighter"]["rms"] \
+        and rows["no change"]["moved"] == 0
     assert np.shape(report["real"]) == (2, 1) and np.shape(report["real_interval"]) == (2, 1, 2)
     assert 0 <= rows["edited"]["ranking"] <= 1 and rows["edited"]["moved"] > 0
 
 
 def test_bad_input_is_one_line(edits, command):
     for arguments, message in ((["edits/edited", "--data", "real"], "no edits.json of python -m causal edit-all"),
-                               (["edits", "--data", "edits/unchanged"], "no real image of the split test with sex=female"),
+                               (["edits", "--data", "edits/unchanged"],
+                                "no real image of the split test with sex=female"),
                                (["edits", "--data", "real", "--model", "model0", "--model", "model0"], "given twice")):
         status, _, errors = command("diagnosis", "stress", *arguments, cwd=edits)
         assert status == 2 and message in errors and len(errors.splitlines()) == 1
