@@ -304,7 +304,7 @@ def main():
         counts = prepare(args.source, args.root, args.out, args.size, args.bits, args.workers, args.metadata_only,
                          args.labels, args.table, args.coding, args.used_bits)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         raise
     what, rejected = "rows" if args.metadata_only else "images", rejected_path(args.source, args.out)
     print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "

@@ -8,14 +8,14 @@
     density, coverage              as precision and recall, robust to outliers             Naeem et al. 2020
     memorisation                   |x - nearest training image| / sqrt(D), beside the same for held-out real images
 
-The figure behind ± is one standard error: a jackknife over parts of both sets; for KDD that of the U-statistic,
-or the standard deviation over subsets with --subset. FDD falls as N grows: compare only at equal N, equal encoder and
-equal protocol, which the first line of the output names, and with the column `real/real`: the FDD that real images
-would have against real images at these numbers.
+The figure after ± is one standard error, from a jackknife over parts of both sets; for KDD that of the U-statistic, or
+with --subset the standard deviation over subsets. FDD falls as N grows: compare only at equal N, encoder and protocol,
+which the first line of the output names, and compare with the column `real/real`: the FDD that two sets of real images
+of these sizes would have.
 
 REAL and SYNTHETIC are any folders of images (subfolders and DICOM too), prepared sources, what sample.py wrote, or
-CheXGenBench's own tables. --split and --by need an index.csv; its optional column Prompt holds the text an image was
-asked for, of which --protocol chexgenbench takes one image each.
+CheXGenBench's tables. --split and --by need an index.csv. Its optional column Prompt holds the prompt of an image, and
+--protocol chexgenbench takes one image for each prompt.
 """
 import argparse
 import math
@@ -36,8 +36,8 @@ from radiographs.fields import GROUPS, groups_of
 from radiographs.index import SPLITS
 from radiographs.pixels import is_synthetic
 
-TILE = 1024  # rows of a block of distances
-PARTS = 10   # of each set, for the jackknife of FDD
+TILE = 1024  # rows and columns of a block of distances, which bounds the memory
+PARTS = 10   # parts of each set, for the jackknife of FDD
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -66,16 +66,16 @@ def frechet(mean, cov, mean2, cov2):
 
 
 def random_parts(n, seed=0):
-    """The part, 0 to 9, that each of n images is in: (N,)."""
+    """The part, 0 to 9, to which each of n images belongs: (N,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % PARTS
 
 
 class PartSums:
-    """Sums over random parts of a set of features, from which mean and covariance of any union of parts follow without
-    another pass over the images."""
+    """Sums over random parts of a set of features: they give mean and covariance of any union of parts without another
+    pass over the images."""
 
     def __init__(self, features, seed=0):
-        part, self.centre = random_parts(len(features), seed), features.double().mean(0)   # centred: nothing cancels
+        part, self.centre = random_parts(len(features), seed), features.double().mean(0)   # centred: exact sums
         self.counts, self.sums, self.products = [], [], []           # of each part: a number, D, D D
         for i in range(PARTS):
             block = features[(part == i).to(features.device)].double() - self.centre         # n D
@@ -96,10 +96,10 @@ def frechet_distances(x, y, seed=0):
 
     With noise in mean and covariance, FDD(N) = FDD-inf + c / N to first order: FDD-inf is the intercept of the line
     through the distances of 5 to 10 tenths of both sets (Chong and Forsyth 2020), each the mean over ten windows of
-    neighbouring parts. It is NaN where half a set does not exceed the D features, since the law does not hold there.
-    Real/real is the distance between halves of x, brought to N and M by the same law. The standard error is a
-    jackknife, which leaves out one part of both sets at a time; FDD-inf has that of FDD, as the correction between
-    them hardly varies.
+    neighbouring parts. It is NaN where half a set has no more images than the D features: there the law does not hold.
+    Real/real is the distance between halves of x, converted to N and M images by the same law. The standard error is
+    that of a jackknife, which leaves out one part of both sets at a time. FDD-inf is given the error of FDD, as the
+    correction between them hardly varies.
     """
     nothing = (math.nan, math.nan)
     result = {"FDD": (frechet(*mean_and_covariance(x), *mean_and_covariance(y)), math.nan), "FDD-inf": nothing,
@@ -142,7 +142,8 @@ def kernel_means(x, y):
 
 def kernel_distance(x, y):
     """The unbiased squared MMD of x (N, D) and y (M, D) with KID's kernel, and its standard error."""
-    (kxx, _), (kyy, _), (kxy, kyx), n, m = kernel_means(x, x), kernel_means(y, y), kernel_means(x, y), len(x), len(y)
+    n, m = len(x), len(y)
+    (kxx, _), (kyy, _), (kxy, kyx) = kernel_means(x, x), kernel_means(y, y), kernel_means(x, y)
     diagonals = [((f.double().square().sum(1) / f.shape[1]) + 1).pow(3) for f in (x, y)]    # k(x_i, x_i), left out
     kxx, kyy = (n * kxx - diagonals[0]) / (n - 1), (m * kyy - diagonals[1]) / (m - 1)
     error = 4 * (kxx - kxy).var() / n + 4 * (kyy - kyx).var() / m    # of the first-order terms of the U-statistic
@@ -152,14 +153,16 @@ def kernel_distance(x, y):
 def kernel_distance_of_subsets(x, y, size, count=100, seed=0):
     """Mean and standard deviation of KDD over random subsets, as KID is often reported."""
     rng = torch.Generator().manual_seed(seed)
-    values = torch.tensor([kernel_distance(*(f[torch.randperm(len(f), generator=rng)[:size]] for f in (x, y)))[0]
-                           for _ in range(count)])
+    values = torch.empty(count)
+    for i in range(count):
+        part_x, part_y = (f[torch.randperm(len(f), generator=rng)[:size]] for f in (x, y))
+        values[i] = kernel_distance(part_x, part_y)[0]
     return values.mean().item(), values.std().item()
 
 
 def squared_distances(x, y):
-    """Squared Euclidean distances (N, M) in float64; 0 for equal rows, which the sum of three products misses by a
-    rounding error."""
+    """Squared Euclidean distances (N, M) in float64. Of equal rows it is set to 0: x² + y² - 2 x y leaves a rounding
+    error."""
     x, y = x.double(), y.double()
     squares = x.square().sum(1)[:, None] + y.square().sum(1)         # N M
     distances = squares - 2 * x @ y.T                                # N M
@@ -174,7 +177,7 @@ def radii(x, k):
         found = torch.empty(len(rows), 0, dtype=torch.float64, device=x.device)
         for columns in indices.split(TILE):
             distances = squared_distances(x[rows], x[columns])       # n m
-            distances[rows[:, None] == columns] = math.inf           # nothing is its own neighbour
+            distances[rows[:, None] == columns] = math.inf           # no image counts as its own neighbour
             found = torch.cat([found, distances], 1)
             found = found.topk(min(k, found.shape[1]), largest=False).values
         result.append(found[:, -1])
@@ -182,10 +185,10 @@ def radii(x, k):
 
 
 def shares(real, fake, k):
-    """Precision, recall, density and coverage of `fake` (M, D) against `real` (N, D): (4,). Balls are closed (<=), as
-    Kynkäänniemi et al. define them."""
+    """Precision, recall, density and coverage of `fake` (M, D) against `real` (N, D): (4,). The ball around an image
+    that reaches to its k-th neighbour includes its surface (<=), as in Kynkäänniemi et al."""
     real_radii, fake_radii = radii(real, k), radii(fake, k)
-    inside = torch.zeros(len(fake), dtype=torch.float64, device=real.device)   # M, in how many real balls it lies
+    inside = torch.zeros(len(fake), dtype=torch.float64, device=real.device)   # M, how many real balls hold it
     reached, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for i in range(0, len(real), TILE):
         for j in range(0, len(fake), TILE):
@@ -201,10 +204,9 @@ def shares(real, fake, k):
 def prdc(real, fake, k=5, seed=0, halves=20):
     """Precision, recall, density and coverage of `fake` (M, D) against `real` (N, D): {name: (value, standard error)}.
 
-    The error is a jackknife that leaves out half of both sets (Shao and Wu 1989): the standard deviation over random
-    halves. k-th neighbours change with either set, which a spread over the images of one set would miss, and they jump
-    when single images are left out, so that leaving out a tenth would overstate it. Raises InputError if a set has no
-    k-th neighbour.
+    The error is that of a jackknife that leaves out half of both sets (Shao and Wu 1989): the standard deviation over
+    random halves. It covers that the k-th neighbours change with both sets. Leaving out only a tenth would overstate
+    it, since k-th neighbours jump when single images are missing. Raises InputError if a set has no k-th neighbour.
     """
     size = min(len(real), len(fake))
     if size <= k:
@@ -234,11 +236,12 @@ def nearest(x, training):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Does the model copy?
+# Memorisation: does the model copy its training images?
 
 def held_out(real, x, training, z):
-    """Rows of the real images that the model cannot have been trained on: of another patient than every training image,
-    another file, and other features, for a picture may have been saved twice. Records and features (N, D) of both."""
+    """Which real images the model cannot have been trained on: those whose patient, file and features differ from all
+    training images'. (Features too, since an image may have been saved twice.) real, training: records; x, z: their
+    features (N, D)."""
     patients = {record["patient"] for record in training if "patient" in record}
     files = {record["content"] for record in training}
     distance, _ = nearest(x, z)
@@ -251,17 +254,17 @@ def held_out(real, x, training, z):
 
 
 def memorisation(real, fake, training):
-    """How near synthetic images come to training images, beside held-out real ones (features (N, D) each): a copying
-    model has many synthetic images below the distance that only 1 % of real images come under. `interval` is the
-    exact 95 % interval of that share (Clopper and Pearson 1934)."""
+    """How near synthetic images come to training images, and how near held-out real ones do (features (N, D) each). A
+    model that copies has many synthetic images nearer than the distance below which only 1 % of held-out images lie.
+    `below` is their share, `interval` its exact 95 % interval (Clopper and Pearson 1934)."""
     table, bound = {}, None
-    for who, features in (("held-out real", real), ("synthetic", fake)):
+    for name, features in (("held-out real", real), ("synthetic", fake)):
         distance, _ = nearest(features, training)
         quantiles = distance.quantile(torch.tensor([0, 0.01, 0.05, 0.5], dtype=distance.dtype)).tolist()
         bound = quantiles[1] if bound is None else bound
         below = int((distance < bound).sum())
         interval = scipy.stats.binomtest(below, len(distance)).proportion_ci(method="exact")
-        table[who] = {"n": len(distance), **dict(zip(("least", "1 %", "5 %", "median"), quantiles)),
+        table[name] = {"n": len(distance), **dict(zip(("least", "1 %", "5 %", "median"), quantiles)),
                       "below": below / len(distance), "interval": [float(interval.low), float(interval.high)]}
     return table
 
@@ -270,14 +273,13 @@ def memorisation(real, fake, training):
 # The report
 
 def compare(real, fake, k=5, subset=None, seed=0, equal=False):
-    """{measure: (value, standard error)} of synthetic features (M, D) against real ones (N, D). With `equal`, KDD is
-    that of equally many images of either side, as CheXGenBench has it. Raises InputError for fewer images than k +
-    1."""
+    """{measure: (value, standard error)} of synthetic features (M, D) against real ones (N, D). With `equal`, KDD
+    compares equally many images of both sets, as CheXGenBench does. Raises InputError for fewer than k + 1 images."""
     size = min(len(real), len(fake))
     shares = prdc(real, fake, k, seed)
     if equal and len(real) != len(fake):
-        kdd = kernel_distance(*(f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:size]]
-                                for f in (real, fake)))
+        chosen = [f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:size]] for f in (real, fake)]
+        kdd = kernel_distance(*chosen)
     elif subset:
         kdd = kernel_distance_of_subsets(real, fake, min(subset, size), seed=seed)
     else:
@@ -289,7 +291,7 @@ MEASURES = ("FDD", "FDD-inf", "real/real", "KDD", "precision", "recall", "densit
 
 
 def grouped(real, fake, kinds):
-    """(name, rows of real, rows of fake) of everything, and of each subgroup that both sides have."""
+    """(name, rows of real, rows of fake) of all images, and of each subgroup that both sets have."""
     yield "all", range(len(real)), range(len(fake))
     members = [{}, {}]
     for side, records in zip(members, (real, fake)):
@@ -301,17 +303,17 @@ def grouped(real, fake, kinds):
 
 
 def warnings_of(real, fake, training):
-    """What makes the two sets, or a third to train on, doubtful: a list of sentences. Raises InputError where the
-    sets are given the wrong way round."""
+    """Why a comparison of these sets may mislead: a list of sentences. Raises InputError if real and synthetic images
+    were given the wrong way round."""
     marked = [sum(is_synthetic(record["path"]) for record in records) for records in (real, fake)]
     if marked[0] and not marked[1]:
         raise InputError(f"{marked[0]} of {len(real)} real images say that they are synthetic, and no image of the "
                          "last set does; the synthetic set is given last")
     notes = [f"{marked[0]} of {len(real)} real images say that they are synthetic"] if marked[0] else []
     files = Counter(record["content"] for record in fake)
-    for who, records in (("real", real), ("training", training)):
+    for name, records in (("real", real), ("training", training)):
         if shared := sum(files[content] for content in {record["content"] for record in records}):
-            notes.append(f"{shared} of {len(fake)} synthetic images are files of the {who} images")
+            notes.append(f"{shared} of {len(fake)} synthetic images are files of the {name} images")
     return notes
 
 
@@ -322,8 +324,8 @@ def format_value(value, error=math.nan):
 
 
 def report(real, x, fake, y, kinds=(), k=5, subset=None, seed=0, equal=False):
-    """A dict for each group: its name, numbers, measures as {"value", "standard_error"}, and a warning where it is
-    small."""
+    """A dict for each group: its name, numbers of images, measures as {"value", "standard_error"}, and a warning if it
+    is small."""
     rows, spread = [], "standard_deviation" if subset else "standard_error"
     for group, of_real, of_fake in grouped(real, fake, kinds):
         row, size = {"group": group, "real": len(of_real), "synthetic": len(of_fake)}, min(len(of_real), len(of_fake))
@@ -350,12 +352,12 @@ def print_report(rows):
 def print_memorisation(table, training, left_out):
     names = ("least", "1 %", "5 %", "median")
     print(f"\nDistance to the nearest of {training:,} training images, |difference| / sqrt(D); {left_out:,} real "
-          "images are left out, since their patient or picture is among the training images")
+          "images are left out, since their patient or image is among the training images")
     print(f"{'':32}{'n':>7}" + "".join(f"{name:>10}" for name in names)
           + f"{'below the held-out 1 %':>26}   95 % interval")
-    for who, row in table.items():
+    for name, row in table.items():
         low, high = row["interval"]
-        print(f"{who:32}{row['n']:7,}" + "".join(f"{row[name]:10.4f}" for name in names) + f"{row['below']:26.1%}"
+        print(f"{name:32}{row['n']:7,}" + "".join(f"{row[key]:10.4f}" for key in names) + f"{row['below']:26.1%}"
               f"   {low:.1%} to {high:.1%}")
     if table["synthetic"]["interval"][0] > table["held-out real"]["interval"][1]:
         print("More synthetic than held-out images are that near to a training image: look at them for copies.")
@@ -378,16 +380,17 @@ def main():
     parser.add_argument("synthetic", type=Path, help="the last one is the synthetic set")
     parser.add_argument("--encoder", type=Path, default=Path("microsoft/rad-dino"),
                         help="%(default)s, or weights/demo/classifier, which needs no network")
-    parser.add_argument("--split", choices=SPLITS, help="of the real images")
-    parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="also for each subgroup or positive label")
+    parser.add_argument("--split", choices=SPLITS, help="use only this split of the real images")
+    parser.add_argument("--by", nargs="+", choices=GROUPS, default=[], help="also for subgroups or positive labels")
     parser.add_argument("--train", nargs="+", type=Path, default=[],
                         help="what the model was trained on (the split train, or a folder of images): memorisation")
-    parser.add_argument("--protocol", choices=("own", "chexgenbench"), default="own")
+    parser.add_argument("--protocol", choices=("own", "chexgenbench"), default="own",
+                        help="own: all images, aspect ratio kept; chexgenbench: as that benchmark does")
     parser.add_argument("--k", type=cli.integer(1, 1000), default=5,
                         help="neighbours of precision, recall, density and coverage; %(default)s")
     parser.add_argument("--subset", type=cli.integer(2, 10 ** 9),
                         help="KDD over 100 random subsets of this size, not over all images")
-    parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="of the random parts and subsets")
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="seed of the random parts and subsets")
     parser.add_argument("--json", type=cli.new_path, metavar="FILE", help="write the same figures as JSON")
     args = parser.parse_args()
     encoder, bench = load_encoder(args.encoder), args.protocol == "chexgenbench"

@@ -9,11 +9,13 @@ from common.cli import InputError
 
 def refuse(config, name, accepted):
     text = repr(getattr(config, name))
-    raise InputError(f"{name} is {text[:80] + '...' * (len(text) > 80)}; accepted: {accepted}")
+    if len(text) > 80:
+        text = text[:80] + "..."
+    raise InputError(f"{name} is {text}; accepted: {accepted}")
 
 
 def whole(config, low, high, *names):
-    """Each field is an int from low to high; bool, which Python counts as an int, is none."""
+    """Each field is an int from low to high; a bool, to Python also an int, is refused."""
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or not low <= value <= high:
@@ -47,7 +49,7 @@ def one_of(config, choices, *names):
 
 
 def kind(config, wanted, *names):
-    """Each field is a `wanted`: dict, list or str."""
+    """Each field is of the type `wanted`: dict, list or str."""
     for name in names:
         if not isinstance(getattr(config, name), wanted):
             refuse(config, name, f"a value of type {wanted.__name__}")

@@ -21,15 +21,15 @@ import torch
 
 
 class InputError(ValueError):
-    """Something the user can mend: one line that names what is wrong and what is accepted."""
+    """Something the user can correct: one line that names what is wrong and what is accepted."""
 
 
 class RunError(RuntimeError):
-    """The input is well-formed, but nothing could be done with it, or the work broke off: one line."""
+    """The input is valid, but nothing could be done with it, or the work failed: one line."""
 
 
 def run(main):
-    """Calls main(); what a user can cause becomes one line on stderr and an exit status, without a traceback."""
+    """Calls main(). Errors that a user can cause become one line on stderr and an exit status, without a traceback."""
     try:
         main()
     except (InputError, RunError, OSError, safetensors.SafetensorError) as error:
@@ -103,8 +103,8 @@ def new_path(text):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A temporary name to write to, which becomes `path` when the block ends without an error and is deleted otherwise.
-    Makes the folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
+    """A temporary name to write to. The file becomes `path` when the block ends without an error, and is deleted
+    otherwise. Makes the folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise InputError(f"{path}: neither a new name nor a regular file, so it is not written over")
@@ -130,7 +130,7 @@ def write_json(path, value):
 
 
 def finite(value):
-    """The value with null where a number is not finite: JSON has no NaN."""
+    """The value with None, JSON's null, in place of numbers that are not finite: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -139,7 +139,7 @@ def finite(value):
 
 
 def read_json(path, kind=dict):
-    """The value of a JSON file, a `kind`; raises InputError that names the file."""
+    """The value of a JSON file, which must be of the type `kind`; raises InputError that names the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of 5,000 digits
@@ -156,8 +156,8 @@ def write_csv(path, header, rows):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes `folder` and holds it for this process: two commands that filled one folder would mix their files. The
-    system releases the lock when the process ends, however it ends. No file is left behind: the folder is locked."""
+    """Makes `folder` and locks it for this process: two commands that fill one folder would mix their files. The system
+    releases the lock when the process ends, however it ends. The folder itself is locked, so no lock file is left."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -176,8 +176,9 @@ def new_folder(name):
     """Makes and returns out/NAME-1, or the first of out/NAME-2, out/NAME-3, ... that is not there yet."""
     number = 1
     while True:
+        folder = Path("out") / f"{name}-{number}"
         try:
-            (folder := Path("out") / f"{name}-{number}").mkdir(parents=True)
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             number += 1
@@ -200,10 +201,11 @@ def pick_device():
     return device, fast_bf16(device)
 
 
-@functools.cache  # once: threads that change during a training would change its rounding
+@functools.cache  # once: another number of threads during a training would change its rounding
 def use_idle_cores():
-    """As many threads as cores are idle, at least one. The threads of a matrix product wait for the slowest of them: on
-    cores that others keep busy, two take longer than one. OMP_NUM_THREADS overrides it. Only Linux has /proc/stat."""
+    """Sets torch to as many threads as cores are idle, at least one. The threads of a matrix product wait for the
+    slowest one, so on cores that other programs use two threads can take longer than one. OMP_NUM_THREADS overrides it;
+    without /proc/stat, that is on other systems than Linux, nothing is changed."""
     if "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists():
         return
     before, seconds = idle_seconds(), 0.2
@@ -216,7 +218,7 @@ def use_idle_cores():
 
 
 def idle_seconds():
-    """For how many seconds nothing has run since the system started, summed over the cores this process may use."""
+    """Seconds of idle time since the system started, summed over the cores that this process may use."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     return sum(int(line[4]) for line in lines if line[0] in cores) / os.sysconf("SC_CLK_TCK")

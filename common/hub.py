@@ -1,13 +1,13 @@
 """A model is a folder: config.json (its dataclass) beside model.safetensors (its tensors). Nothing is unpickled.
 
 Loading is strict: an unknown key in the config or a missing one, a missing, extra or misshapen tensor, a number that is
-not finite, a truncated file is one clear line (InputError), never a partly loaded model. Only keys whose default is
-empty may be missing: weights older than the field say nothing of it. Weights are stored in bfloat16 and run in float32.
+not finite or a truncated file is an InputError of one line, never a partly loaded model. Only keys whose default is
+empty may be missing, since older weights lack them. Weights are stored in bfloat16 and run in float32.
 
-Wherever a folder is read, a repository on the Hugging Face Hub may stand: ORG/NAME or ORG/NAME@REVISION (a branch, a
-tag or a commit). Its files are downloaded once; an interrupted download is continued. From then on they come from
-huggingface_hub's cache, without a network, and ORG/NAME/FOLDER names a folder of it. With HF_HUB_OFFLINE=1 nothing is
-downloaded.
+Wherever a folder is read, a repository on the Hugging Face Hub can be named instead: ORG/NAME or ORG/NAME@REVISION (a
+branch, a tag or a commit), and ORG/NAME/FOLDER for a folder of it. Its files are downloaded once, and an interrupted
+download is continued. From then on they come from huggingface_hub's cache, without a network. With HF_HUB_OFFLINE=1
+nothing is downloaded.
 """
 import dataclasses
 import hashlib
@@ -23,13 +23,14 @@ from common.cli import InputError, read_json, whole_file, write_json
 
 
 def find(place, *names):
-    """The local path of the first of `names` that the folder `place` holds, here or on the Hub; None without any."""
+    """The local path of the first of `names` that the folder `place` holds, here or on the Hub; None if it holds
+    none."""
     place = Path(place)
     for name in names:
         if (place / name).is_file():
             return place / name
-    # A name on the Hub has two parts. A path whose first folder is here is a path with a mistake in it, and so is a
-    # longer one, unless it continues the name of a repository that was downloaded before. Neither is looked for there.
+    # A name on the Hub has two parts, ORG/NAME. A path whose first folder exists here is a mistyped local path, and so
+    # is one of more parts, unless the first two name a repository that was downloaded before. The Hub is not asked.
     if len(place.parts) < 2 or Path(place.parts[0]).exists():
         return None
     repository, _, revision = "/".join(place.parts[:2]).partition("@")
@@ -49,9 +50,9 @@ def find(place, *names):
                 return Path(huggingface_hub.hf_hub_download(repository, file, **at))
         except huggingface_hub.errors.RemoteEntryNotFoundError:
             pass  # on to the next name
-        except Exception as error:  # whatever its HTTP library raises, which changes from version to version
+        except Exception as error:  # what its HTTP library raises differs between versions
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{place}: no such folder here, and not to be had from the Hugging Face Hub: "
+            raise InputError(f"{place}: no such folder here, and not available from the Hugging Face Hub: "
                              f"{reason[:200]}") from None
     return None
 
@@ -75,8 +76,8 @@ def save_tensors(tensors, path, dtype=torch.bfloat16):
                for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode                              # what the umask leaves to new files
-        safetensors.torch.save_file(tensors, temporary)              # makes a file that only its owner can read
+        mode = temporary.stat().st_mode                              # the permissions of new files, by the umask
+        safetensors.torch.save_file(tensors, temporary)              # the file it makes is readable by its owner only
         temporary.chmod(mode)
 
 
@@ -92,9 +93,9 @@ def load_model(build, config_class, folder):
         raise InputError(f"{config_file}: keys {sorted(wrong)} are unknown or missing; the keys are {sorted(known)}")
     try:
         config = config_class(**values)
-        with torch.device("meta"):                                   # shapes only: no memory before the file fits
+        with torch.device("meta"):                                   # shapes only: no memory until the file is checked
             expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
-    except Exception as error:  # layers raise errors of many kinds for a width of 0, or a list in a number's place
+    except Exception as error:  # layers raise many kinds of errors, for a width of 0 or a list for a number
         raise InputError(f"{config_file}: {' '.join(str(error).split())[:300]}") from None
     try:
         with safetensors.safe_open(weights, "pt") as file:

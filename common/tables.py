@@ -1,9 +1,9 @@
-"""The one reader of tables: CSV as data sets, spreadsheets and hospitals really have it, one row at a time.
+"""The one reader of tables: CSV as data sets, spreadsheets and hospitals write it, one row at a time.
 
-Taken are .csv, .tsv and .txt, also compressed with gzip; commas, semicolons (European Excel) or tabs; UTF-8 with or
+Accepted are .csv, .tsv and .txt, also compressed with gzip; commas, semicolons (European Excel) or tabs; UTF-8 with or
 without a byte order mark, UTF-16, and Windows-1252 (the "CSV" of Excel on a western Windows). The first line names
-the columns; a column without a name is left out. Everything else is an InputError that names the file and the line.
-It never quotes a cell, which may hold what a hospital must not show.
+the columns; a column without a name is left out. Everything else is an InputError that names the file and the line,
+and never quotes a cell, which may hold a patient's data.
 """
 import csv
 import gzip
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.cli import InputError
 
-MAX_LINE = 2 ** 24  # characters; a longer line is no row of a table, and must not fill the memory
+MAX_LINE = 2 ** 24  # characters; a longer line is refused, so that no file can fill the memory
 
 
 class Row(dict):
@@ -60,7 +60,7 @@ def column_names(cells):
 
 
 def checked(cells, header):
-    """The cells of a row: one for each column with a name, and nothing but empty ones beyond the first line's."""
+    """The cells of a row. Every column with a name must have one, and cells beyond the first line's must be empty."""
     missing, extra = header[len(cells):], cells[len(header):]
     if any(missing) or any(cell.strip() for cell in extra):
         raise Malformed(f"{len(cells)} cells, where the first line names {len(header)}")
@@ -83,8 +83,8 @@ def first_line(path):
 
 
 def read_lines(path):
-    """The lines of a text file, decoded. Windows-1252 is told from UTF-8 by the first character beyond ASCII: what is
-    not UTF-8 there is Windows-1252, and the file stays what it is to its end."""
+    """The lines of a text file, decoded. The first line that is not ASCII decides for the whole file: UTF-8 if it is
+    valid UTF-8, otherwise Windows-1252."""
     with open(path, "rb") as file:
         start = file.read(2)
     with (gzip.open if start == b"\x1f\x8b" else open)(path, "rb") as file:
@@ -93,7 +93,7 @@ def read_lines(path):
             start = file.read(1000)
             file.seek(0)
             utf16 = utf16_of(start)
-            # Bytes that are not UTF-8 come as lone surrogates (PEP 383), from which the bytes can be had back.
+            # Bytes that are not UTF-8 come as lone surrogates (PEP 383), which can be turned back into bytes.
             text = io.TextIOWrapper(file, utf16 or "utf-8-sig", "strict" if utf16 else "surrogateescape", newline="")
             while line := text.readline(MAX_LINE):
                 number += 1
@@ -113,7 +113,7 @@ def read_lines(path):
 
 
 def utf16_of(start):
-    """The kind of UTF-16 that the first bytes of a file show, by its mark or by the zero bytes of ASCII; else None."""
+    """The kind of UTF-16, seen by a file's byte order mark or by the zero bytes between ASCII characters; else None."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     for encoding, zeros, others in (("utf-16-le", start[1::2], start[::2]), ("utf-16-be", start[::2], start[1::2])):

@@ -1,5 +1,5 @@
-"""Processes that share work. One that is killed ends the run instead of being waited for; Ctrl-C is answered by the
-main process alone; and no process outlives the main one, however that ends."""
+"""Processes that share work. If one is killed, the run ends with an error instead of waiting for it. Only the main
+process reacts to Ctrl-C, and no other process outlives it, however it ends."""
 import contextlib
 import multiprocessing
 import os
@@ -14,12 +14,12 @@ from common.cli import RunError
 
 @contextlib.contextmanager
 def worker_pool(count):
-    """Starts `count` processes; yields a function like map(), whose results come in the order of the items."""
+    """Starts `count` processes; yields a function like map(): results come in the order of the items."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, initializer=start_worker, initargs=(os.getpid(),))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pool.submit(os.getpid).result()  # starts the processes, which inherit that Ctrl-C does not reach them
+        pool.submit(os.getpid).result()  # starts the processes, which inherit the blocked Ctrl-C
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
@@ -28,8 +28,8 @@ def worker_pool(count):
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
-            raise RunError("a worker process was killed, perhaps because memory ran out; the same command goes on from "
-                           "where it was, with fewer --workers in less memory") from None
+            raise RunError("a worker process was killed, perhaps because memory ran out; the same command continues, "
+                           "and with fewer --workers it needs less memory") from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -41,7 +41,7 @@ def start_worker(main):
 
 
 def leave_with(main):
-    """Ends this process once its parent is no longer `main`: a killed process leaves its children to the system."""
+    """Ends this process once its parent is no longer `main`: children of a killed process get another parent."""
     while os.getppid() == main:
         time.sleep(0.2)
     os._exit(1)

@@ -1,6 +1,6 @@
-"""Features of image files: one row an image, computed once and kept beside the images.
+"""Features of image files: one row for each image, computed once and kept beside the images.
 
-    records = images_of(PLACE)                     any folder of images, a prepared source, CheXGenBench's own tables
+    records = images_of(PLACE)                     any folder of images, a prepared source, CheXGenBench's tables
     features = features_of(records, ...)           (N, D) float32: the encoder's CLS features
 
 The cache is PLACE/features-*.safetensors, or below the user's cache folder where PLACE is read-only. An
@@ -8,8 +8,8 @@ image is known by the hash of its file's bytes, so a changed image is a new one;
 of everything else that decides a feature: the weights, how images are prepared, and READER.
 
 CheXGenBench (arXiv 2505.10496) describes a set by a table: `img_savename` (synthetic) or `path` (real) names a file
-below the table's folder, `annotated_prompt` or `prompt` is the text it was asked for, `chexpert_labels` a dict of
-CheXpert's labels. Its protocol squeezes every image to 299x299 bytes, whatever its aspect ratio, before the encoder's
+below the table's folder, `annotated_prompt` or `prompt` is its prompt, `chexpert_labels` a dict of CheXpert's
+labels. Its protocol squeezes every image to 299x299 bytes, whatever its aspect ratio, before the encoder's
 processor.
 """
 import ast
@@ -31,13 +31,15 @@ from encoders import raddino
 from radiographs import folders, pixels
 from radiographs.fields import FINDINGS
 
-READER = 2  # counts the changes of this project in how a file becomes pixels, which make older caches wrong
+READER = 2  # raised by one whenever this project reads pixels differently, so that older caches are not used
 
 
 def images_of(place, split=None):
     """A record with `path` for each image of `place`: of the split, where an index says which. Raises InputError."""
     place = Path(place)
-    if place.is_file() and (column := next((c for c in ("img_savename", "path") if c in columns_of(place)), None)):
+    columns = columns_of(place) if place.is_file() else ()
+    if "img_savename" in columns or "path" in columns:
+        column = "img_savename" if "img_savename" in columns else "path"
         records = [benchmark_record(row, place, column) for row in read_table(place)]
     elif (place / "sample.json").exists() and not (place / "index.csv").exists():
         raise InputError(f"{place}: an unfinished sample without its index.csv; run the same sample.py command again")
@@ -82,13 +84,13 @@ def deduplicated(records):
 
 def labels_of_prompts(real, fake):
     """CheXGenBench's conditional sets: a synthetic image has the findings of the real image with its prompt."""
-    of = {record["prompt"]: record for record in real if "prompt" in record}
-    return [{key: value for key, value in of.get(record.get("prompt"), {}).items() if key in FINDINGS} | record
+    by_prompt = {record["prompt"]: record for record in real if "prompt" in record}
+    return [{key: value for key, value in by_prompt.get(record.get("prompt"), {}).items() if key in FINDINGS} | record
             for record in fake]
 
 
 def training_images(records):
-    """Those of the split train, where an index says which; else all."""
+    """The records of the split train; all records, if no index names a split."""
     return [record for record in records if record.get("split", "train") == "train"]
 
 
@@ -116,7 +118,7 @@ def read_cache(path):
 
 
 def write_cache(path, known):
-    """Written whole. Features that cannot be kept (a full disk) are still features: a warning, and the run goes on."""
+    """Writes the cache. If that fails, on a full disk for example, it prints a warning and the run continues."""
     names = torch.from_numpy(np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16).copy())
     try:
         with cli.whole_file(path) as temporary:
@@ -149,7 +151,7 @@ def features_of(records, encoder, cache, squeezed=False, batch=16):
     feature that is not finite, and images that all look the same."""
     known, new = read_cache(cache), {}
     for record in records:
-        if not record["path"].is_file():  # a named pipe would never end
+        if not record["path"].is_file():  # reading a named pipe would never end
             raise InputError(f"{record['path']}: no such file")
         with open(record["path"], "rb") as file:
             record["content"] = hashlib.file_digest(file, "sha256").digest()[:16]

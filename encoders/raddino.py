@@ -13,7 +13,7 @@ encoder of weights/demo/classifier, which needs no network.
 Conventions: `preprocess` takes an image as files hold it and is the published processor, to the pixel; its values are
 read from the preprocessor_config.json beside the weights. `normalise` takes images of this project, (N, 1, H, W) in
 [-1, 1], and lets gradients through. Any height and width is accepted: positions are interpolated, and pixels on the
-right and at the bottom that do not fill a patch are not seen.
+right and at the bottom that do not fill a patch are not used.
 """
 import math
 import re
@@ -127,8 +127,8 @@ class Encoder(nn.Module):
 
     def forward(self, x, keep=None):
         """CLS features (N, D) and patch features (N, h w, D), after the last LayerNorm, of normalised images (N, C,
-        H, W). `keep` (N, K) holds the numbers of the patches to look at; the others are left out, which makes
-        training cheaper and harder (PatchDropout, Liu et al. 2023)."""
+        H, W). `keep` (N, K) holds the numbers of the patches to keep; the others are left out, which makes
+        training cheaper and regularises it (PatchDropout, Liu et al. 2023)."""
         tokens = self.embed(x)                                       # N T D
         if keep is not None:
             patches = tokens[:, 1:].gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))  # N K D
@@ -163,7 +163,8 @@ def preprocess(image, config):
 # ---------------------------------------------------------------------------------------------------------
 # Weights
 
-# microsoft/rad-dino's tensor names, in the spelling of the file (transformers 4) and of transformers 5, to ours.
+# Patterns in microsoft/rad-dino's tensor names, those of its file (transformers 4) and those of transformers 5, and
+# what replaces them in ours.
 NAMES = [(r"embeddings\.position_embeddings", "positions"), (r"embeddings\.patch_embeddings\.projection", "patches"),
          (r"embeddings\.", ""), (r"encoder\.layer\.", "blocks."), (r"layer_scale([12])\.lambda1", r"scale\1"),
          (r"attention\.attention\.(q|k|v)(uery|ey|alue)", r"attention.\1"),
@@ -179,8 +180,8 @@ def our_name(name):
 
 
 def processor_values(folder):
-    """resize, crop, mean and std of the preprocessor_config.json beside the weights; nothing where there is none, which
-    leaves Rad-DINO's. Raises InputError for steps other than the ones `preprocess` takes."""
+    """resize, crop, mean and std of the preprocessor_config.json beside the weights; without that file an empty dict,
+    which leaves Rad-DINO's values. Raises InputError for steps other than those of `preprocess`."""
     file = hub.find(folder, "preprocessor_config.json")
     if not file:
         return {}
@@ -204,7 +205,7 @@ def processor_values(folder):
 
 def why_not_raddino(encoder, folder):
     """Why features of this encoder may not be compared with Rad-DINO's: one line, empty for microsoft/rad-dino as
-    published. A shape alone does not tell: facebook/dinov2-base has the same, but crops to 224 pixels and takes
+    published. Equal shapes prove nothing: facebook/dinov2-base has Rad-DINO's, but crops to 224 pixels and uses
     ImageNet's mean."""
     published, found = asdict(EncoderConfig()), asdict(encoder.config)
     if found != published:
@@ -213,7 +214,7 @@ def why_not_raddino(encoder, folder):
     if not hub.find(folder, "preprocessor_config.json"):
         return "no preprocessor_config.json beside the weights, so Rad-DINO's values are assumed"
     if str(folder) != "microsoft/rad-dino":
-        return "shaped and fed like Rad-DINO; that the weights are Rad-DINO's own is not checked"
+        return "configured like Rad-DINO; whether the weights are Rad-DINO's is not checked"
     return ""
 
 

@@ -374,7 +374,7 @@ def test_ctrl_c_ends_all_processes_without_a_word_of_theirs(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in errors and "Error" not in errors
-        assert errors.splitlines()[-1] == "interrupted; the same command goes on from here"
+        assert errors.splitlines()[-1] == "interrupted; the same command continues from here"
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
 

@@ -176,7 +176,7 @@ def test_a_name_on_the_hub_is_taken_like_a_path_and_then_from_the_cache(tmp_path
     assert evaluate("org/flux-small")[:2] == (0, expected)           # without a network
     status, _, errors = evaluate("org/other")
     assert status == 2 and len(errors.splitlines()) == 1
-    assert "org/other: no such folder here, and not to be had" in errors
+    assert "org/other: no such folder here, and not available" in errors
 
 
 def test_a_mistake_in_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_revisions_resumed_downloads_and_what_can_be_wrong(tmp_path, hub_server)
     half = (root / "good/model.safetensors").stat().st_size // 2
     assert f"GET model.safetensors bytes={half // 4096 * 4096}-" in requests
     assert "model.safetensors: 100%" in errors                       # the progress bar, here without a terminal
-    assert "org/good@v2: no such folder here, and not to be had" in lines[2]
+    assert "org/good@v2: no such folder here, and not available" in lines[2]
     assert "model.safetensors: truncated" in lines[3]
     assert lines[4] == "org/missing: no model.safetensors; a model is a folder with config.json and model.safetensors"
     assert "colour" in lines[5] and "unknown or missing" in lines[5] and "org/none: no such folder here" in lines[6]
