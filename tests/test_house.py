@@ -75,3 +75,9 @@ def test_no_import_hides_in_a_function():
         hidden += [(path.name, module) for module, node in imports(tree) if node in inside
                    and (room_of(path) != "benchmarks" or module.split(".")[0] in FLOOR)]
     assert not hidden
+
+
+def test_lines_are_at_most_120_columns():
+    long = [f"{path.relative_to(ROOT)}:{number}" for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]
+            for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > 120]
+    assert not long
