@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning(tmp_pat
     errors = capsys.readouterr().err
     assert errors.startswith("warning: ") and message in errors and len(errors.splitlines()) == 1
     damage(tmp_path / "checkpoints/8")
-    with pytest.raises(InputError, match="no checkpoint is as it was written; to begin anew, delete the folder"):
+    with pytest.raises(InputError, match="no checkpoint is as it was written; to start again, delete the folder"):
         checkpoint.resume(tmp_path, {"x": x}, {})
 
 
@@ -142,7 +142,7 @@ def test_two_processes_write_about_half_each(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.parallel, "world", 2)
     for rank in (0, 1):
         monkeypatch.setattr(checkpoint.parallel, "rank", rank)
-        shares.append(checkpoint.own_share(tensors))
+        shares.append(checkpoint.share_of_process(tensors))
     assert not shares[0].keys() & shares[1].keys() and shares[0].keys() | shares[1].keys() == tensors.keys()
     sizes = [sum(tensor.numel() for tensor in share.values()) for share in shares]
     assert abs(sizes[0] - sizes[1]) <= 100

@@ -1,4 +1,4 @@
-"""What a training would cost, and what a training has learnt, as weights for others.
+"""What a training would cost, and the weights of a run, exported for others.
 
     python -m training plan --size XL --tokens 1.6e12 --gpus 64
     python -m training export runs/radit weights/mine
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common import cli
 from training import checkpoint, plan
+from training.options import Help
 
 EXAMPLES = {"plan": """
 examples:
@@ -21,10 +22,6 @@ examples:
 """}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the examples."""
-
-
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,10 +30,10 @@ def main():
     plan.add_arguments(p)
     p = commands.add_parser("export", formatter_class=Help, epilog=EXAMPLES["export"],
                             help="write averaged weights of a run as sample.py reads them")
-    p.add_argument("run", type=Path, help="the folder of a run of yours: its checkpoints are unpickled")
-    p.add_argument("out", type=cli.new_path, help="a folder")
+    p.add_argument("run", type=Path, help="the folder of your own run: its checkpoints are unpickled")
+    p.add_argument("out", type=cli.new_path, help="a folder for the weights")
     p.add_argument("--ema", type=cli.integer(1, 10 ** 12),
-                   help="the average of that half-life, in images; if not given, the one whose held-out loss is least")
+                   help="the average with that half-life, in images; if not given, that with the least held-out loss")
     args = parser.parse_args()
     if args.command == "plan":
         return plan.show(args)

@@ -1,14 +1,14 @@
-"""Checkpoints of a training: written beside it, whole or not at all, read by any number of processes.
+"""Checkpoints of a training: written in the background, whole or not at all, read by any number of processes.
 
-    RUN/checkpoints/8192/  __0_0.distcp ...     each process's share of weights, averages and moments, float32
-                           .metadata            which part of which tensor lies where
+    RUN/checkpoints/8192/  __0_0.distcp ...     each process's share of weights, averages and AdamW's moments, float32
+                           .metadata            which part of which tensor is in which file
                            checkpoint.json      images seen, configuration, SHA-256 of the other files; written last
                     9216.tmp/                   being written, or left by a run that was killed; never read
 
-torch.distributed.checkpoint copies the tensors and writes them in a thread while training goes on. When every process
-has written its share the folder is renamed, which is the moment at which the checkpoint exists; the oldest are renamed
-away before they are deleted. RUN must lie where all processes see it. A run continues from the newest checkpoint whose
-files are as they were written, and only what is finite is ever written.
+torch.distributed.checkpoint copies the tensors and writes them in a thread while the training continues. When every
+process has written its share, the folder is renamed: from then on the checkpoint exists. Old checkpoints are renamed
+before they are deleted. RUN must lie in a file system that all processes share. A run continues from the newest
+checkpoint whose files match their checksums. Tensors with a NaN or an infinity are never written.
 
 .metadata is a pickle, and a pickle can run code: read checkpoints of your own runs only. For others there is
 `python -m training export RUN OUT`, which writes an average of the weights as config.json + model.safetensors.
@@ -30,11 +30,11 @@ from common.cli import InputError, RunError
 from training import parallel
 from training.log import read_log
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose, with one process
 
 
 def tensors_of(model, emas, optimizer):
-    """name -> tensor of all that a run must remember. The names know nothing of the layout."""
+    """name -> tensor: everything that a run needs to continue. The names do not depend on DDP, FSDP or one process."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, ema in enumerate(emas):
         tensors |= {f"{ema_prefix(number)}{name}": tensor for name, tensor in ema.state_dict().items()}
@@ -44,13 +44,13 @@ def tensors_of(model, emas, optimizer):
 
 
 def ema_prefix(number):
-    """Of the tensors of the average with that number; the first has none, as when there was only one."""
+    """The prefix of the tensors of the average with that number; the first has no number in it."""
     return f"ema{number}." if number else "ema."
 
 
 def start_moments(optimizer):
-    """AdamW's state before its first step, so that there is something to load into. Moments lie as their parameter does
-    (channels last), for the fused optimizer walks memory in order."""
+    """Gives AdamW the state it has before its first step, so that a checkpoint can be loaded into it. The moments have
+    the memory layout of their parameter (channels last), as the fused optimizer needs it."""
     for parameter in optimizer.param_groups[0]["params"]:
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device),
                                       "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -73,7 +73,8 @@ def complete(run):
 
 def latest(run):
     """The newest complete checkpoint, or None; its files are not read."""
-    return (complete(run) or [None])[-1]
+    folders = complete(run)
+    return folders[-1] if folders else None
 
 
 def checksums(folder):
@@ -87,7 +88,7 @@ def checksums(folder):
 
 
 def verified(folder):
-    """What checkpoint.json says; InputError if a file is missing or not as it was written."""
+    """The content of checkpoint.json; InputError if a file is missing or does not match its checksum."""
     about = cli.read_json(folder / "checkpoint.json")
     for key, kind in (("images", int), ("name", str), ("config", dict), ("about", dict), ("files", dict)):
         if not isinstance(about.get(key), kind):
@@ -100,23 +101,23 @@ def verified(folder):
 
 
 def newest(run):
-    """(folder, what its checkpoint.json says) of the newest checkpoint that is as it was written, with a warning for
-    each newer one that is not; (None, None) if the run has none at all."""
+    """(folder, content of its checkpoint.json) of the newest undamaged checkpoint, with a warning for each newer one
+    that is damaged; (None, None) if the run has no checkpoint at all."""
     folders = complete(run)
     for folder in reversed(folders):
         try:
             return folder, verified(folder)
         except InputError as error:
-            print(f"warning: {error}; the checkpoint is left out", file=sys.stderr)
+            print(f"warning: {error}; this checkpoint is skipped", file=sys.stderr)
     if folders:
         raise InputError(f"{Path(run) / 'checkpoints'}: no checkpoint is as it was written; "
-                         "to begin anew, delete the folder")
+                         "to start again, delete the folder")
     return None, None
 
 
 def resume(run, tensors, about, may_change=()):
-    """Fills the tensors from the newest checkpoint; returns the images seen, 0 if there is none. `about` must be as it
-    was when the run was started, but for the keys in `may_change`."""
+    """Fills the tensors from the newest checkpoint; returns the images seen, 0 if there is none. `about` must be what
+    it was when the run was started, except for the keys in `may_change`."""
     folder, before = parallel.on_first(lambda: newest(run))
     if not folder:
         return 0
@@ -145,7 +146,7 @@ def difference(name, old, new):
 
 
 def read(folder, tensors, alone=False):
-    """Fills the tensors from a checkpoint; `alone`: in this process only."""
+    """Fills the tensors from a checkpoint; with `alone`, in this process only."""
     try:
         dcp.load(tensors, checkpoint_id=folder, no_dist=alone or not parallel.training)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
@@ -157,9 +158,9 @@ def read(folder, tensors, alone=False):
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
-def own_share(tensors):
-    """What this process copies and writes: its part of tensors that are split, and of those that every process holds
-    whole a share of about the same size as the others'."""
+def share_of_process(tensors):
+    """The tensors that this process copies and writes: its part of those that are split, and some of those that every
+    process holds whole, chosen so that all processes write about as much."""
     share, loads = {}, [0] * parallel.world
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes, reverse=True):
         if isinstance(tensor, DTensor):
@@ -182,18 +183,18 @@ class Writer:
                 shutil.rmtree(left)
 
     def save(self, tensors, about):
-        """Starts to write; returns as soon as the tensors are copied. `about` is the JSON beside them, with
-        "images"."""
+        """Starts to write; returns as soon as the tensors are copied. `about` is the content of checkpoint.json, which
+        must have the key "images"."""
         self.wait()
         temporary = self.folder / f"{about['images']}.tmp"
-        written = dcp.async_save(own_share(tensors), checkpoint_id=temporary, no_dist=not parallel.training)
-        self.future = self.thread.submit(self.complete, written, temporary, about)
+        saving = dcp.async_save(share_of_process(tensors), checkpoint_id=temporary, no_dist=not parallel.training)
+        self.future = self.thread.submit(self.complete, saving, temporary, about)
 
-    def complete(self, written, temporary, about):
-        """In the thread: waits until all processes have written their shares; then the first makes the checkpoint
-        exist."""
+    def complete(self, saving, temporary, about):
+        """In the thread: waits until all processes have written their shares; then the first process completes the
+        checkpoint and deletes old ones."""
         try:
-            written.result()
+            saving.result()
         except (Exception, dcp.api.CheckpointException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RunError(f"{temporary}: the checkpoint could not be written: {reason[:200]}") from None
@@ -206,19 +207,19 @@ class Writer:
             shutil.rmtree(old.with_suffix(".tmp"))
 
     def poll(self):
-        """Raises what went wrong in the thread, such as a full disk; waits for nothing."""
+        """Raises an error of the thread, such as a full disk; does not wait."""
         if self.future and self.future.done():
             self.wait()
 
     def wait(self):
-        """Until what is being written is there: at the end of a run, or before the next checkpoint."""
+        """Waits for the checkpoint being written: at the end of a run, or before the next checkpoint."""
         if self.future:
             self.future.result()
             self.future = None
 
 
 def refuse_unless(finite, entry, writer, out):
-    """Ends a run whose loss, gradient or weights are not finite, before anything of that is saved."""
+    """Ends a run whose loss, gradient or weights are not finite, before they are saved."""
     if not finite:
         writer.wait()
         last = latest(out)
@@ -242,9 +243,9 @@ def best_average(run, about):
 
 
 def export(run, out, half_life=None):
-    """Writes an average of the weights from a run's newest checkpoint as a set of weights, OUT/radit or OUT/vae: the
-    one of that half-life, or the best one. One tensor at a time is held in float32. Returns what checkpoint.json says
-    of it, with the "half_life" chosen."""
+    """Writes an average of the weights from a run's newest checkpoint to OUT/radit or OUT/vae: the one with that
+    half-life, or the best one. One tensor at a time is held in float32. Returns the content of checkpoint.json, with
+    the chosen "half_life" added."""
     folder, about = newest(run)
     if not folder:
         raise InputError(f"{run}: no complete checkpoint in {Path(run) / 'checkpoints'}")

@@ -1,5 +1,5 @@
-"""What `train.py radit --dry-run` says: the same checks as before a training, and what would run where. Nothing is
-written, no weight is made: the model is built on torch's meta device, where tensors have shapes but no content.
+"""`train.py radit --dry-run`: the same checks as before a training, and a table of what would run where. Nothing is
+written, and the model is built on torch's meta device, where tensors have shapes but no content.
 """
 import math
 import shutil
@@ -13,7 +13,7 @@ from training import plan
 
 
 def show(args, cfg, config, examples, decoder):
-    """Prints what a training of `config` on `examples` training examples would be, on args.dry_run processes."""
+    """Prints what a training of `config` on so many `examples` and args.dry_run processes would need."""
     processes = args.dry_run
     if cfg.batch % (processes * cfg.accumulate):
         raise cli.InputError(f"--batch {cfg.batch} cannot be shared by {processes} processes, --accumulate "

@@ -1,10 +1,10 @@
-"""What RadiT is trained on, as tensors: (mean, log-variance, age, codes) of each cached latent or image; and what
-config.json says of it: which values there were, and examples of metadata to ask for when nobody asks.
+"""What RadiT is trained on, as tensors: (mean, log-variance, age, codes) of each cached latent or image; and synthetic
+examples of metadata for config.json, which sample.py uses when no metadata is given.
 
-The examples are nobody's record. The data set of each is drawn by its frequency, and then every other field
-independently from its values in that data set, "unknown" among them; findings that contradict each other are resolved,
-and a combination that is a row of the training data is drawn again. Weights can so be given away without the metadata
-of a patient in them.
+No example is the record of a patient. Its data set is chosen at random by frequency, and then every other field
+independently from the values in that data set, "unknown" among them. Findings that contradict each other are resolved,
+and a combination that is a row of the training data is not used. So weights can be published without any patient's
+metadata in them.
 """
 import math
 import os
@@ -17,17 +17,17 @@ from torch.utils.data import Dataset
 from common.cli import InputError
 from radiographs import fields, pixels
 
-EXAMPLES, ATTEMPTS = 64, 20  # in config.json; combinations tried for each
+EXAMPLES, ATTEMPTS = 64, 20  # examples in config.json; combinations tried for each
 
 
 class Examples(Dataset):
-    """The rows of `records`, as prepared sources have them, one for each of their latents, or one for each image; a
-    pixel image is its own mean, without variance. Only arrays are kept: a million rows are handed from process to
-    process. `latents` is None or a cache as autoencoder/latents.py reads it, `names` what it calls each image."""
+    """A data set with an item for each cached latent of the `records` of prepared sources, or without latents for each
+    image, whose mean is the image and whose variance is 0. It holds arrays only, since a million rows are copied to
+    every process. `latents` is None or a cache (autoencoder/latents.py), `names` the name of each record in it."""
 
     def __init__(self, records, datasets, latents=None, names=()):
         age, codes = fields.encode_metadata(records, datasets)
-        self.age, self.codes = age, codes.to(torch.uint8)            # I, I 18: of I images
+        self.age, self.codes = age, codes.to(torch.uint8)            # I, I 18: I images
         self.image = torch.arange(len(records))                      # of each example
         self.paths = self.shards = None
         if latents is None:
@@ -37,8 +37,8 @@ class Examples(Dataset):
         if missing := [name for name in names if name not in latents.rows]:
             raise InputError(f"{latents.folder}: no latent for {missing[0]} ({len(missing)} missing); encode again")
         rows = [latents.rows[name] for name in names]
-        self.image = torch.repeat_interleave(self.image, torch.tensor([len(of_one) for of_one in rows]))
-        self.row = torch.tensor([row for of_one in rows for row in of_one])  # of each example, in the cache
+        self.image = torch.repeat_interleave(self.image, torch.tensor([len(versions) for versions in rows]))
+        self.row = torch.tensor([row for versions in rows for row in versions])  # of each example, in the cache
 
     def __len__(self):
         return len(self.image)
@@ -64,7 +64,7 @@ def metadata(record):
 
 
 def synthetic_metadata(records, seed):
-    """At most EXAMPLES combinations of metadata like those of the records, none of which is one of theirs."""
+    """At most EXAMPLES combinations of metadata like those of the records, none of them equal to a record."""
     rng = random.Random(seed)
     seen = {tuple(metadata(record).items()) for record in records}
     by_dataset = {}
@@ -73,7 +73,7 @@ def synthetic_metadata(records, seed):
     names, examples = list(by_dataset), []
     weights = [len(group) for group in by_dataset.values()]
     for _ in range(EXAMPLES * ATTEMPTS):
-        dataset, = rng.choices(names, weights)
+        dataset = rng.choices(names, weights)[0]
         example = {field: rng.choice(by_dataset[dataset]).get(field) for field in fields.FIELDS if field != "dataset"}
         example, _ = fields.resolve_request(metadata(fields.drop_unknown({"dataset": dataset} | example)))
         if example and tuple(example.items()) not in seen:

@@ -1,13 +1,13 @@
 """Fine-tuning RadiT: a new run that starts from trained weights, on images of one's own.
 
     configuration   the base's: width, depth, heads, patch, prediction, time shift, VAE
-    grid            the new images'; RoPE knows positions of any grid
-    data sets       the base's keep their rows in the table of embeddings, new ones are appended; a new row starts as
-                    that of "unknown", which is what the base would have called them
-    coverage        the base's and the new data's: what could be asked for before still can be
+    grid            the new images'; RoPE works on any grid
+    data sets       the base's keep their rows in the table of embeddings, new ones are appended; a new row starts as a
+                    copy of the row for "unknown", since to the base these data sets were unknown
+    coverage        the base's and the new data's together: requests that the base accepts stay possible
 
-With no step of training the result samples the same pictures as the base. The average (EMA) starts from the same
-weights.
+Before the first step of training the result samples the same images as the base. The average (EMA) starts from the
+same weights.
 """
 import dataclasses
 
@@ -39,7 +39,7 @@ def extend_config(base, shape, vae, **described):
 
     base: RadiTConfig. shape: (C, H, W) of the new training images or latents. vae: fingerprint of the VAE that made
     them, empty for pixels. described: `datasets`, `covered` and other fields of RadiTConfig that the new data decide.
-    Raises InputError if the base was trained on something else than such images.
+    Raises InputError if the base was trained on another kind of images or latents.
     """
     if vae != base.vae:
         def name(fingerprint):
@@ -51,7 +51,7 @@ def extend_config(base, shape, vae, **described):
     new = [name for name in described.pop("datasets") if name not in base.datasets]
     covered = merge_coverage(base.covered, described.pop("covered"))
     pairs = described.pop("pairs", {})
-    if base.covered and not base.pairs:  # weights older than the field say nothing of pairs, so nothing can be said
+    if base.covered and not base.pairs:  # older weights do not know their pairs, so the sum is not known either
         pairs = {}
     return dataclasses.replace(base, grid=tuple(shape[1:]), datasets=(*base.datasets, *new), covered=covered,
                                pairs=fields.add_pairs(base.pairs, pairs), **described)

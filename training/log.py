@@ -1,13 +1,12 @@
-"""What a training says while it runs: a progress bar on a terminal, lines of text, and in the run's folder
+"""What a training prints while it runs (a progress bar on a terminal, and lines of text), and in the run's folder
 
     log.jsonl   one JSON object a line: images seen, learning rate, mean loss and its terms since the line before, norm
-    of
-                the gradient, images_per_second, teraflops_per_second (the model's own operations, by structure),
-                peak_memory_gb, and at every save what held-out images say
+                of the gradient, images_per_second, teraflops_per_second (the model's own operations, by structure),
+                peak_memory_gb, and at every save the measures on held-out images
     loss.png    training loss and held-out loss
 
-and, if asked, the same numbers in TensorBoard or Weights & Biases. Only the first process has a log; the others keep
-silent. A training prints after its first step, and then once a minute at least.
+and, if asked for, the same numbers in TensorBoard or Weights & Biases. Only the first process prints and writes. A
+training prints after its first step, and then at least once a minute.
 """
 import importlib
 import importlib.util
@@ -30,11 +29,11 @@ MINUTE = 60  # seconds
 
 class Log:
     def __init__(self, out, seen, cfg, flops, logger=None, settings=None):
-        """Continues RUN/log.jsonl from `seen` images on. flops: of one training image; logger: None or one of LOGGERS,
-        which gets `settings` to show beside the curves."""
+        """Continues RUN/log.jsonl from `seen` images on. flops: operations of one training image; logger: None or one
+        of LOGGERS, which also shows `settings`."""
         self.path, self.plot, self.cfg, self.flops, self.seen = out / "log.jsonl", out / "loss.png", cfg, flops, seen
         self.history, self.first, self.bar, self.report = read_log(self.path, seen), True, None, None
-        self.begun = self.line_time = time.perf_counter()                 # start of the interval, time of the last line
+        self.begun = self.line_time = time.perf_counter()            # start of the interval; last line printed
         self.seen_before = seen                                      # images seen when the interval began
         if parallel.rank == 0:
             self.report = open_logger(logger, out, settings)
@@ -47,7 +46,7 @@ class Log:
                 print(text, flush=True)
 
     def step(self, seen, loss):
-        """After every step. The first one waits for the device, to say how long it took."""
+        """Called after every step. After the first one it waits for the device, to print how long the step took."""
         self.seen = seen
         if self.bar is not None:
             self.bar.update(seen - self.bar.n)
@@ -64,7 +63,7 @@ class Log:
                      f"{self.left(speed)}")
 
     def images_per_second(self):
-        """Of this interval; None while it is empty."""
+        """The speed in this interval; None before its first step."""
         images = self.seen - self.seen_before
         return images / (time.perf_counter() - self.begun) if images else None
 
@@ -73,7 +72,7 @@ class Log:
         return f"{hours:.2f} h left" if hours >= 1 else f"{60 * hours:.1f} min left"
 
     def speed(self, device):
-        """The numbers of speed and memory for a line of log.jsonl."""
+        """Speed and memory, for a line of log.jsonl."""
         speed = self.images_per_second()
         teraflops = speed * self.flops / 1e12 if speed else None
         return dict(zip(SPEED, (speed, teraflops, peak_memory(device) / 1e9)))
@@ -85,7 +84,7 @@ class Log:
         return f" | {speed:.3g} images/s, {teraflops:.3g} TFLOP/s, {memory:.2g} GB, {self.left(speed)}"
 
     def write(self, entry):
-        """A line of log.jsonl and one of text, the plot, the logger. Then a new interval begins."""
+        """Writes a line of log.jsonl and one of text, the plot, and to the logger. Then a new interval begins."""
         if parallel.rank == 0:
             self.history.append(entry)
             cli.write_text(self.path, "".join(json.dumps(cli.finite(line)) + "\n" for line in self.history))
@@ -104,8 +103,8 @@ class Log:
 
 
 def means(total, steps):
-    """Means over an interval and all processes; a term that is a (2, bins) tensor holds sums and counts, and gives a
-    list of means."""
+    """Means over an interval and all processes. A (2, bins) tensor holds sums and counts, and becomes a list of
+    means."""
     result = {}
     for key, value in total.items():
         value = parallel.summed(value)
@@ -122,7 +121,7 @@ def read_log(path, seen):
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line for line in lines if line["images"] <= seen]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise cli.InputError(f"{path}: damaged ({type(error).__name__}); rename it, and a new one is begun") from None
+        raise cli.InputError(f"{path}: damaged ({type(error).__name__}); rename it, and a new one is started") from None
 
 
 def plot_losses(history, path):
@@ -141,10 +140,11 @@ def plot_losses(history, path):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU, or of this process on a CPU, whose system counts in KiB (macOS: in bytes)."""
+    """Bytes of GPU memory, or on a CPU of this process's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024                   # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_logger(name):
@@ -154,8 +154,8 @@ def check_logger(name):
 
 
 def open_logger(name, out, settings):
-    """A function (numbers, images seen) that shows the numbers in TensorBoard or Weights & Biases; None for no name.
-    Both are optional and imported only here."""
+    """A function of (numbers, images seen) that sends the numbers to TensorBoard or Weights & Biases; None without a
+    name. Both packages are optional and imported only here."""
     if name == "tensorboard":
         board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
         board.add_text("settings", json.dumps(settings))

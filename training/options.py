@@ -10,33 +10,31 @@ from common import cli
 from encoders.perceptual import PUBLISHED_WEIGHT
 from training.log import LOGGERS
 
+
 def option(default, kind, text):
     """A field of TrainConfig and the option of the same name: default, argparse type, help."""
     return field(default=default, metadata={"type": kind, "help": text})
 
 
-MANY = cli.integer(1, 10 ** 12)
-
-
 @dataclass
 class TrainConfig:
-    images: int = option(1_000_000, MANY, "stop after this many images seen")
-    batch: int = option(16, cli.integer(1, 10 ** 6), "images a step, over all processes")
+    images: int = option(1_000_000, cli.integer(1, 10 ** 12), "stop after this many images seen")
+    batch: int = option(16, cli.integer(1, 10 ** 6), "images in each step, over all processes")
     lr: float = option(None, cli.number(0, 1), "AdamW's learning rate after the warm-up; if not given, 0.001 for the "
                                                "VAE, 0.001 x 256 / width for RadiT, and a tenth of it with --init")
     warmup: int = option(8_000, cli.integer(0, 10 ** 12), "images over which the learning rate rises from 0")
-    cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which it falls to 0")
+    cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which the learning rate falls to 0")
     clip: float = option(1.0, cli.number(1e-6, 1e6), "largest norm of the gradient; larger ones are scaled down to it")
     ema: tuple = option((20_000,), cli.integers(1, 10 ** 12),
                         "half-lives of the averages of the weights that are kept, in images, separated by commas; at "
                         "most a twentieth of the images seen")
     log_every: int = option(128, cli.positive, "steps between lines of the log")
-    save_every: int = option(512, cli.positive, "steps between checkpoints, with held-out loss and preview")
-    keep: int = option(2, cli.integer(1, 1000), "checkpoints kept")
+    save_every: int = option(512, cli.positive, "steps between saves: checkpoint, held-out loss, preview")
+    keep: int = option(2, cli.integer(1, 1000), "how many checkpoints to keep")
     accumulate: int = option(1, cli.integer(1, 10 ** 6),
-                             "parts of a step, computed one after another to need less memory")
+                             "parts into which each step is cut, computed one after another to need less memory")
     seed: int = option(0, cli.integer(0, 2 ** 62),
-                       "of the initial weights, the order of images, noise, times and dropout")
+                       "seed of the initial weights, the order of images, noise, times and dropout")
 
 
 RADIT_EXAMPLES = """
@@ -53,7 +51,10 @@ examples:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the examples."""
+    """Shows defaults other than None, and keeps the lines of the examples."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def add_common_options(p, default):
@@ -62,7 +63,7 @@ def add_common_options(p, default):
     for part in fields(TrainConfig):
         p.add_argument(f"--{part.name.replace('_', '-')}", type=part.metadata["type"],
                        default=getattr(default, part.name), help=part.metadata["help"])
-    p.add_argument("--logger", choices=LOGGERS, help="show the log's numbers there too, if that package is installed")
+    p.add_argument("--logger", choices=LOGGERS, help="send the log's numbers there too, if that package is installed")
 
 
 def config_of(args):
@@ -73,12 +74,13 @@ def add_radit_options(p):
     p.add_argument("--init", type=Path,
                    help="fine-tune these weights: a folder that holds radit/, or a name on the Hub")
     p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), help="with --init: train adapters of this rank only")
-    p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
+    p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6),
+                   help="adapters are scaled by alpha / rank; if not given, alpha is the rank")
     p.add_argument("--model", choices=("radit", "radunet"), default="radit", help="RadiT, or the paper's baseline")
     p.add_argument("--size", choices=tuple(radit.SIZES | radunet.SIZES),
                    help="see python radit.py and python -m baselines.radunet; B if not given")
     space = p.add_mutually_exclusive_group(required=True)
-    space.add_argument("--latents", type=Path, help="made by python -m autoencoder encode")
+    space.add_argument("--latents", type=Path, help="cached latents, made by python -m autoencoder encode")
     space.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels")
     p.add_argument("--vae", type=Path, help="the VAE of the latents, for previews")
     p.add_argument("--patch", type=cli.integer(1, 4096),
@@ -86,7 +88,7 @@ def add_radit_options(p):
     p.add_argument("--prediction", choices=("velocity", "data"),
                    help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
     p.add_argument("--shift", type=cli.number(0.01, 100),
-                   help="time shift towards noise, above 1 for many tokens; 1 if not given")
+                   help="time shift of flow.py: above 1 towards noise, for many tokens; 1 if not given")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
     p.add_argument("--recompute", action="store_true",
@@ -96,31 +98,32 @@ def add_radit_options(p):
     p.add_argument("--changed-labels", action="store_true",
                    help="continue a run although labels of its images were corrected")
     p.add_argument("--dry-run", type=cli.integer(1, 10 ** 5), nargs="?", const=1, metavar="PROCESSES",
-                   help="check everything and say what would run on that many processes, then end")
+                   help="check everything, print what would run on that many processes, and end")
 
 
 def add_vae_options(p):
     p.add_argument("--widths", type=cli.integers(1, 10 ** 4),
                    help="channels of each level, finest first; 128,256,512,512 if not given")
     p.add_argument("--layers", type=cli.integer(1, 100), help="residual blocks of each level; 2 if not given")
-    p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="of GroupNorm; 32 if not given")
+    p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="groups of GroupNorm; 32 if not given")
     p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
-                   help="of a latent cell of 8x8 pixels at four widths; 32 if not given, with --init the base's "
-                        "or more")
+                   help="channels of the latent, before 2x2 cells are joined; 32 if not given; with --init at least the "
+                        "base's")
     p.add_argument("--channels", type=int, choices=(1, 3),
-                   help="of the VAE's image, 1 if not given; grey is repeated to 3")
+                   help="channels of the image, 1 if not given; 3 repeats the grey image")
     p.add_argument("--crop", type=cli.integer(1, 10 ** 4),
-                   help="train on random squares of so many pixels, one an image")
+                   help="train on one random square of each image, with sides of so many pixels")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="with --crop and in float32: compile the model, which needs a C++ compiler")
-    p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="of the loss's KL term")
+    p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="weight of the loss's KL term")
     p.add_argument("--encoder", type=Path,
-                   help="microsoft/rad-dino or weights/demo/classifier: measures, and teaches by its weight")
+                   help="microsoft/rad-dino or weights/demo/classifier: for held-out measures and the perceptual loss")
     p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=PUBLISHED_WEIGHT,
-                   help="of the encoder's loss; %(default).2f as published, 0 measures only")
+                   help="weight of the perceptual loss; %(default).2f as published, 0 only measures it")
     start = p.add_mutually_exclusive_group()
-    start.add_argument("--init", type=Path, help="train on from these weights: a VAE's folder, or its name on the Hub")
+    start.add_argument("--init", type=Path, help="continue from these weights: a VAE's folder, or its name on the Hub")
     start.add_argument("--base", type=Path,
                        help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
-    p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), default=32, help="with --base")
-    p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6), help="the rank, if not given")
+    p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), default=32, help="with --base: rank of the adapters")
+    p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6),
+                   help="adapters are scaled by alpha / rank; if not given, alpha is the rank")

@@ -1,18 +1,17 @@
 """Several processes, one training: each of torchrun's processes takes its part of every batch, on a GPU of its own.
 
     DDP      every process holds the whole model; gradients are averaged
-    FSDP2    weights, moments and EMA are split among the processes, in float32; a block is put together when it is
-    needed,
-             in bfloat16, and its gradients are reduced in float32
+    FSDP2    weights, AdamW's moments and EMA are split among the processes, in float32; each block is gathered when it
+             is needed, in bfloat16, and its gradients are reduced in float32
 
-Without torchrun there is one process, no group, and every function here says so or does nothing. Everything goes
-through torch.distributed: NCCL between GPUs, gloo between CPUs and for the few words that are said without waiting for
-a device.
+Without torchrun there is one process and no group, and every function here does what that one process needs, or
+nothing. All communication uses torch.distributed: NCCL between GPUs; gloo between CPUs, also for the few numbers that
+must not wait for a GPU.
 
-Two groups. The default one, patient, is for setting up (one node may need minutes longer to read its index) and for
-checkpoints, which are written beside the training. In the other, `training`, a process that waits for others longer
-than TIMEOUT gives up, so that a process that hangs ends the job; around the first step, which compiles, and around
-saves it waits for up to LONG_TIMEOUT. A process that dies ends the job at once, by torchrun.
+There are two groups. The default group is for setting up (one node may need minutes longer to read its index) and for
+checkpoints, which are written in the background; it waits up to 30 minutes. In the group `training` a process that
+waits for others longer than TIMEOUT gives up, so that a process that hangs ends the job; around the first step, which
+compiles, and around saves the limit is LONG_TIMEOUT. If a process dies, torchrun ends the others at once.
 Sources: Li et al. 2020 (DDP), Zhao et al. 2023 (FSDP).
 """
 import contextlib
@@ -37,15 +36,15 @@ from common.cli import InputError, pick_device
 from common.cli import locked as locked_folder
 
 TIMEOUT, LONG_TIMEOUT = timedelta(seconds=120), timedelta(seconds=600)
-warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 knows no other name
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a node away
-launched = "RANK" in os.environ  # by torchrun, which says who is who
+launched = "RANK" in os.environ  # by torchrun or srun, which give each process its rank
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 training = None  # the group; None without torchrun
 
 
 def join():
-    """Waits for torchrun's other processes."""
+    """Waits for torchrun's other processes, and makes the two groups."""
     global training
     if launched and training is None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -61,7 +60,7 @@ def leave():
 
 
 def set_timeout(limit):
-    """How long a process waits for the others from now on. Before, all finish what they are at."""
+    """Sets how long a process waits for the others from now on, after all have finished their current work."""
     if training:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -71,14 +70,14 @@ def set_timeout(limit):
 
 @contextlib.contextmanager
 def long_timeout():
-    """For what one process may do alone while the others wait: writing weights and pictures."""
+    """For work that one process does while the others wait: writing weights and previews."""
     set_timeout(LONG_TIMEOUT)
     yield
     set_timeout(TIMEOUT)
 
 
 def agreed(value):
-    """What the first process says, in all of them."""
+    """The first process's value, in all processes."""
     values = [value]
     if training:
         dist.broadcast_object_list(values, src=0)
@@ -86,7 +85,8 @@ def agreed(value):
 
 
 def on_first(make):
-    """make() of the first process, in all of them: files are read and checked once. Its InputError is raised in all."""
+    """Calls make() in the first process and returns its result in all, so that files are read and checked once. An
+    InputError is raised in all processes."""
     value, error = None, None
     if rank == 0:
         try:
@@ -101,14 +101,14 @@ def on_first(make):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds `folder` for all processes of this training: a second training in it is refused."""
+    """Locks `folder` for all processes of this training: a second training in it is refused."""
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked_folder(folder)))
         yield
 
 
 def micro_batch(batch, accumulate):
-    """Images that a process computes at a time, of a step's `batch`."""
+    """How many images of a step's `batch` a process computes at a time."""
     parts = world * accumulate
     if batch % parts:
         raise InputError(f"--batch {batch} cannot be shared by {world} processes, --accumulate {accumulate}: "
@@ -117,11 +117,11 @@ def micro_batch(batch, accumulate):
 
 
 def anyone(asked):
-    """Whether any process says yes. The CPUs speak; no device is waited for."""
-    vote = torch.tensor(int(asked))
+    """Whether `asked` is true in any process. Communicates between CPUs, so that no GPU is waited for."""
+    answer = torch.tensor(int(asked))
     if training:
-        dist.all_reduce(vote, dist.ReduceOp.MAX, group=training)
-    return bool(vote)
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=training)
+    return bool(answer)
 
 
 def summed(x):
@@ -152,15 +152,15 @@ def replicate(model):
     """The model to call in training: its gradients are averaged over the processes."""
     if not training:
         return model
-    # it would cut apart compiled blocks, which overlap with the averaging anyway
+    # This optimisation would split compiled blocks. It is not needed: the averaging overlaps with other blocks anyway.
     torch._dynamo.config.optimize_ddp = False
     # Buffers are the same everywhere: running statistics are computed from the whole batch in every process.
     return DistributedDataParallel(model, process_group=training, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def last_only(model, last):
-    """A context in which DDP keeps its gradients to itself, unless these are the last of a step. FSDP always reduces:
-    whole gradients are what it has no room for."""
+    """A context in which DDP averages gradients only for the `last` part of a step. FSDP reduces them for every part,
+    since whole gradients would not fit into memory."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
@@ -180,7 +180,7 @@ def local(tensor):
 
 
 def full(tensor):
-    """The whole of a tensor; every process has to ask."""
+    """The whole of a tensor; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -197,9 +197,9 @@ def put_together(model, plain):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list to which SIGTERM and SIGUSR1 are appended. When the block ends by SystemExit, as it does on their behalf,
-    they are ignored until the process has ended: schedulers repeat them, and a process killed by one would not say why
-    it left."""
+    """A list to which the signals SIGTERM and SIGUSR1 are appended when they arrive. When the block ends with
+    SystemExit, they are ignored until the process has ended: schedulers repeat them, and a process killed by one would
+    not leave with its own exit status."""
     asked = []
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in SIGNALS}
     try:
@@ -219,12 +219,12 @@ def ignore(signals):
 
 
 def ignore_signals(worker):
-    """A data loader's worker leaves with its parent, not before: schedulers and Ctrl-C reach every process."""
+    """For a data loader's worker, which must end with its parent and not before: signals reach every process."""
     ignore((*SIGNALS, signal.SIGINT))
 
 
 def clip(parameters, largest):
-    """Scales the gradients, wherever their parts lie, to a norm of at most `largest`; returns the norm before."""
+    """Scales the gradients, split or not, to a norm of at most `largest`; returns the norm before."""
     norm = full(get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
     clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm
@@ -232,8 +232,8 @@ def clip(parameters, largest):
 
 def set_up(model, averages, bf16, compiled, recomputed, sharded):
     """The model to call, `averages` copies of it that will be averages of its weights, and an empty copy to be filled
-    when weights are saved. The blocks named change in place, in their `forward` only, so that no name changes and
-    FSDP's hooks stay outside of what is compiled."""
+    when weights are saved (None without FSDP). Blocks are compiled and recomputed in place, by replacing their
+    `forward`: so no tensor's name changes, and FSDP's hooks are not compiled."""
     blocks = set(sharded)
     places = [name for name, module in model.named_modules() if module in blocks]
     plain = copy.deepcopy(model).to("meta") if sharded else None

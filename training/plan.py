@@ -1,20 +1,18 @@
-"""What a training will cost, before anything is spent: parameters, FLOPs, memory a GPU, time, GPU-hours, storage.
+"""What a training will cost, before anything is spent: parameters, FLOPs, memory of a GPU, time, GPU-hours, storage.
 
     python -m training plan --size XL --tokens 1.6e12 --gpus 64
 
 Everything is computed from the structure of radit.py; no weight is built and nothing is measured. P parameters, G GPUs,
-N images a GPU at a time, T tokens an image, D width, H SwiGLU's inner width, h heads.
+N images on a GPU at a time, T tokens of an image, D width, H SwiGLU's inner width, h heads.
 
     FLOPs   3 x forward's (backward computes two products for each of forward's), 4 x where activations are recomputed
-    state   bytes a parameter: weights 4, gradients 4, AdamW's two moments 8, 4 for each of two EMAs, all float32; FSDP
-    divides
-            them by G
-    copies  of the weights in bfloat16: DDP under autocast holds all (2 P); FSDP the block at work and the next
-    kept    activations that backward needs, counted in `kept_by_block`; or, if that is more, what a preview needs at a
-    save
+    state   bytes per parameter: weights 4, gradients 4, AdamW's two moments 8, and 4 for each of two EMAs, all float32;
+            FSDP divides them by G
+    copies  of the weights in bfloat16: DDP under autocast holds all (2 P); FSDP those of the current block and the next
+    kept    activations that backward needs, counted in `kept_by_block`; or what a preview needs, if that is more
 
-The device's own context, workspaces, fragmentation and what lives only inside one operation come on top: a plan that
-fills more than nine tenths of the memory is said not to fit.
+The device's context, workspaces, fragmentation and what exists only inside one operation come on top: a plan that fills
+more than nine tenths of the memory counts as one that does not fit.
 """
 import math
 from dataclasses import dataclass
@@ -27,16 +25,16 @@ from common import cli
 
 LATENT_CHANNELS, LATENT_CELL = 128, 16  # FLUX.2's: 128 channels, one cell for 16x16 pixels
 KEPT = ("compiled", "eager", "recomputed")
-AVERAGES = 2  # EMAs that train.py radit keeps if not told otherwise
+AVERAGES = 2  # EMAs that train.py radit keeps by default
 
 
 def kept_by_block(cfg, kept, bf16=True):
-    """Bytes that one block keeps for its backward pass, an image. `kept` is one of KEPT."""
-    d, h, size = cfg.width, cfg.hidden, 2 if bf16 else 4             # bytes a number
-    if kept == "recomputed":                                      # the block's input alone; the rest is computed again
+    """Bytes that one block keeps for the backward pass of one image. `kept` is one of KEPT."""
+    d, h, size = cfg.width, cfg.hidden, 2 if bf16 else 4             # bytes of a number
+    if kept == "recomputed":                                      # only the block's input; the rest is computed again
         return size * cfg.tokens * d
     if kept == "compiled":
-        # What cannot be computed again cheaply. D wide, 11: the block's input, the inputs of qkv and up, out's and
+        # Only what is costly to compute again. D wide, 11: the block's input, the inputs of qkv and up, out's and
         # down's results, q, k, attention's output, which is out's input, and qkv's result (3). H wide, 3: up's result
         # (2) and down's input.
         wide, hidden, floats = 11, 3, 0
@@ -52,8 +50,8 @@ def kept_by_block(cfg, kept, bf16=True):
 
 
 def kept_outside(cfg, bf16=True):
-    """Bytes kept by the first and last layer, an image: the patches, and norm, modulation and product of the output.
-    The vectors of time and metadata, one an image, are left out."""
+    """Bytes that the first and last layers keep for one image: the patches, and norm, modulation and product of the
+    output. The vectors of time and metadata, one for each image, are small and left out."""
     patch_dim = cfg.channels * cfg.patch ** 2
     wide = 8 if bf16 else 12                                         # bytes: three D-wide tensors, norm's in float32
     return cfg.tokens * (wide * cfg.width + (2 if bf16 else 4) * patch_dim)
@@ -66,13 +64,13 @@ def activations(cfg, images, kept, bf16=True):
 
 
 def preview(cfg, images, bf16=True):
-    """Bytes of what train.py does at a save, beside the VAE: the forward pass of a held-out micro-batch, which keeps
-    one block's tensors at a time."""
+    """Bytes that train.py needs for the preview at a save, without the VAE: the forward pass of a micro-batch, which
+    keeps the tensors of one block at a time."""
     return images * (kept_by_block(cfg, "eager", bf16) + kept_outside(cfg, bf16))
 
 
 def decoder_bytes(cfg, vae_config):
-    """Bytes of the VAE at work in a preview: its weights, and about four float32 tensors of its second width at full
+    """Bytes that the VAE needs for a preview: its weights, and about four float32 tensors of its second width at full
     resolution for each slice of images."""
     with torch.device("meta"):
         weights = sum(p.nbytes for p in vae.RadVAE(vae_config).parameters())
@@ -90,7 +88,7 @@ def state(cfg, gpus, fsdp, averages=AVERAGES):
     count = radit.count_parameters(cfg)
     block = (count - radit.count_parameters(radit.RadiTConfig(**{**vars(cfg), "depth": 0}))) // cfg.depth
     parts = gpus if fsdp else 1
-    # FSDP gathers what lies outside the blocks in float32, and reduces the gradients of one block at a time.
+    # FSDP gathers the layers outside the blocks in float32, and reduces the gradients of one block at a time.
     outside = count - cfg.depth * block
     copies = 2 * 2 * block + 4 * outside if fsdp else 2 * count
     reduced = (2 + 4) * block + 4 * outside if fsdp else 0
@@ -109,11 +107,11 @@ class Plan:
     cfg: radit.RadiTConfig
     tokens: float          # to train on
     gpus: int
-    batch: int             # images a step, of all GPUs together
+    batch: int             # images in each step, on all GPUs together
     accumulate: int        # parts into which each GPU splits its share of a batch
     peak: float            # FLOP/s of one GPU
     utilisation: float     # share of it that the model's own FLOPs reach
-    decoder: int           # bytes of the VAE at work in a preview; 0 for pixels
+    decoder: int           # bytes that the VAE needs for a preview; 0 for pixels
 
     @property
     def images(self):
@@ -142,22 +140,22 @@ class Plan:
 
 def add_arguments(p):
     p.add_argument("--size", choices=radit.SIZES, default="XL", help="see python radit.py")
-    p.add_argument("--tokens", type=cli.number(1, 1e18), default=1.6e12, help="to train on; the paper's 1.6e12")
-    p.add_argument("--gpus", type=cli.integer(1, 10 ** 5), default=8, help="of one kind")
-    p.add_argument("--batch", type=cli.integer(1, 10 ** 6), default=1024, help="images a step, of all GPUs together")
+    p.add_argument("--tokens", type=cli.number(1, 1e18), default=1.6e12, help="tokens to train on; the paper's 1.6e12")
+    p.add_argument("--gpus", type=cli.integer(1, 10 ** 5), default=8, help="number of GPUs, all alike")
+    p.add_argument("--batch", type=cli.integer(1, 10 ** 6), default=1024, help="images in each step, on all GPUs")
     p.add_argument("--accumulate", type=cli.integer(1, 10 ** 6), default=1,
-                   help="parts of a GPU's share of a batch, one after another")
-    p.add_argument("--side", type=cli.integer(1, 10 ** 5), default=512, help="of the images, in pixels")
+                   help="parts of a GPU's share of a batch, computed one after another")
+    p.add_argument("--side", type=cli.integer(1, 10 ** 5), default=512, help="side of the images in pixels")
     p.add_argument("--pixels", action="store_true", help="no VAE: patches of pixels; otherwise FLUX.2's latents")
-    p.add_argument("--patch", type=cli.integer(1, 4096), default=16, help="pixels a token on each side, with --pixels")
-    p.add_argument("--memory", type=cli.number(0.1, 1e5), default=80.0, help="of a GPU, in GB")
+    p.add_argument("--patch", type=cli.integer(1, 4096), default=16, help="with --pixels: pixels on a token's side")
+    p.add_argument("--memory", type=cli.number(0.1, 1e5), default=80.0, help="memory of a GPU in GB")
     p.add_argument("--peak", type=cli.number(0.001, 1e6), default=989.0,
-                   help="of a GPU, dense bfloat16, in TFLOP/s; an H100's")
+                   help="peak of a GPU in TFLOP/s, dense bfloat16; an H100's by default")
     p.add_argument("--utilisation", type=cli.number(0.001, 1), default=0.4,
                    help="share of the peak that is reached; an assumption")
-    p.add_argument("--images", type=cli.positive, default=1_205_494, help="to encode; CXR7-1M's")
+    p.add_argument("--images", type=cli.positive, default=1_205_494, help="images to encode; CXR7-1M's by default")
     p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1,
-                   help="latents an image, as in python -m autoencoder encode")
+                   help="latents of each image, as in python -m autoencoder encode")
 
 
 def make(args):
@@ -178,8 +176,8 @@ def make(args):
 
 
 def advice(plan, memory):
-    """One line: the first way that fits; accumulating costs no FLOPs, FSDP communication, recomputing a third more
-    FLOPs."""
+    """One line: the first way that fits, the cheapest first. Accumulating costs no FLOPs, FSDP costs communication, and
+    recomputing costs a third more FLOPs."""
     share = plan.batch // plan.gpus
     for kept in ("compiled", "recomputed"):
         for fsdp in (False, True):
@@ -215,7 +213,7 @@ def show(args):
     ddp, fsdp = (state(cfg, plan.gpus, split) for split in (False, True))
     lines = [(name, ddp[name], fsdp[name]) for name in ddp]
     lines += [(f"activations, {kept}", *[activations(cfg, plan.micro_batch, kept)] * 2) for kept in KEPT]
-    lines += [("a preview, at a save", *[preview(cfg, plan.micro_batch) + plan.decoder] * 2)]
+    lines += [("the preview at a save", *[preview(cfg, plan.micro_batch) + plan.decoder] * 2)]
     lines += [(f"total, {kept}", plan.memory(False, kept), plan.memory(True, kept)) for kept in KEPT]
     print("\n".join(f"{name:42}{a / gigabyte:8.1f}{b / gigabyte:8.1f}" for name, a, b in lines))
     print(f"{advice(plan, args.memory * gigabyte)}; of {args.memory:g} GB a tenth is left for what is not counted here")

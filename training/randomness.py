@@ -1,12 +1,12 @@
 """Which images a step sees, and its random numbers. Both depend only on the seed and on how many images were seen
-before, so a run that was stopped continues as if it had not been, on any number of processes.
+before, so a stopped run continues exactly as if it had not been stopped, on any number of processes.
 """
 import torch
 
 
 def batches(count, batch, seed, seen):
-    """Endless lists of `batch` indices below `count`, starting after `seen` images. Epoch e is a permutation that
-    depends on (seed, e) alone."""
+    """Yields lists of `batch` indices below `count`, without end, starting after `seen` images. Each epoch is a
+    permutation that depends only on the seed and the epoch's number."""
     indices = []
     while True:
         epoch, start = divmod(seen, count)
@@ -25,8 +25,8 @@ def generator(device, seed, seen):
 
 
 class RandomNumbers:
-    """The random numbers of some images of a batch, n of them. They are made for the whole batch and then cut, so that
-    an image gets the same ones whichever process computes it."""
+    """Random numbers for n images, a part of a batch. They are made for the whole batch and then cut, so that an image
+    gets the same numbers whichever process computes it."""
 
     def __init__(self, generator, batch, part=slice(None)):
         self.generator, self.batch, self.part = generator, batch, part
