@@ -32,15 +32,16 @@ def main():
         p = commands.add_parser(name, help=text, epilog=EXAMPLES[name],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.add_argument("data", nargs="+", type=Path, help="prepared sources")
-        p.add_argument("--vae", type=Path, required=True, help="a folder, or a name on the Hub")
+        p.add_argument("--vae", type=Path, required=True, help="a VAE's folder, or its name on the Hub")
     p = commands.choices["encode"]
     p.add_argument("--out", type=cli.new_path, required=True, help="a folder for the latents")
     p.add_argument("--versions", type=cli.integer(1, 10 ** 4), default=1,
-                   help="rows of a training image: itself and slightly moved copies, for small data sets")
+                   help="latents of each training image: its own and those of slightly moved copies, for small data "
+                        "sets")
     p = commands.choices["evaluate"]
     p.add_argument("--split", choices=SPLITS, default="test")
-    p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: the perceptual "
-                                                "distance and the Fréchet distance too")
+    p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: print perceptual "
+                                                "and Fréchet distance as well")
     args = parser.parse_args()
     if args.command == "encode":
         return latents.encode(args.data, load_vae(args.vae), args.out, args.versions)

@@ -1,11 +1,11 @@
 """Cached latents: every image is encoded once, and RadiT trains without the VAE.
 
-    LATENTS/ 00000.safetensors ...   mean and log-variance, float16, of 1024 rows a file; noise is added at use
+    LATENTS/ 00000.safetensors ...   mean and log-variance, float16, 1024 rows in each file; training adds the noise
              latents.json            the VAE's fingerprint, the images' fingerprints, and which image each row is
 
 Made by `python -m autoencoder encode`, or `torchrun --nproc_per_node=8 -m autoencoder encode`; the same command again
-continues. A cache belongs to one VAE and to the images as they were: continuing or training with others is refused.
-Labels may change, no latent depends on them.
+continues. A cache belongs to one VAE and to unchanged images: continuing or training with others is refused. Labels may
+change, since no latent depends on them.
 """
 import hashlib
 import math
@@ -25,18 +25,17 @@ from radiographs import pixels
 from training import parallel
 from vae import psnr, ssim
 
-SHARD = 1024  # images
+SHARD = 1024  # rows in each file
 
 
 def names_of(radiographs):
-    """What identifies each image in a cache: the source's folder and the path in it."""
+    """The name of each image in a cache: the source's folder and the path in it."""
     return ["/".join(record["path"].parts[-3:]) for record in radiographs.records]
 
 
 def file_checksum(path):
-    """What changes when an image does: the size and the last 20 bytes of its file. They are read instead of the whole,
-    for there may be a million files; a PNG's compressed pixels end in a checksum of them all, 20 bytes before its
-    end."""
+    """Bytes that change when an image does: the size of its file and the last 20 bytes, where a PNG has a checksum of
+    its pixels. A million files could not be read whole each time."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 20))
@@ -46,7 +45,7 @@ def file_checksum(path):
 def fingerprints(radiographs):
     """"SOURCE, SPLIT" -> sixteen hex digits of the names and contents of its images, in the index's order."""
     digests = {}
-    with ThreadPool(16) as pool:  # a network's file system answers many at a time
+    with ThreadPool(16) as pool:  # a network file system answers many requests at a time
         checksums = pool.imap(file_checksum, [record["path"] for record in radiographs.records], chunksize=256)
         for name, record, content in zip(names_of(radiographs), radiographs.records, checksums):
             digest = digests.setdefault(f"{name.split('/')[0]}, {record['split']}", hashlib.sha256())
@@ -58,11 +57,11 @@ def fingerprints(radiographs):
 # Writing
 
 def encode(folders, model, out, versions=1, batch=16):
-    """Encodes every image of the prepared sources; finished shards are kept.
+    """Encodes every image of the prepared sources; shards that exist already are kept.
 
-    With versions > 1 a training image has that many rows: as it is, and jittered, so that a small data set is not
-    learnt by heart. The jitter of a row depends on its number alone. Under torchrun every process takes its share of
-    the shards, on a GPU of its own.
+    With versions > 1 a training image has that many rows: the image itself and slightly moved copies, so that a small
+    data set is not memorised. How a copy is moved depends only on its row's number. Under torchrun each process encodes
+    its share of the shards on its own GPU.
     """
     parallel.join()
     images = parallel.on_first(lambda: data.Radiographs(folders))
@@ -76,7 +75,7 @@ def encode(folders, model, out, versions=1, batch=16):
             path = out / f"{start // SHARD:05}.safetensors"
             if not path.exists():
                 encode_shard(path, images, rows, range(start, min(start + SHARD, len(rows))), model, batch)
-        parallel.leave()                                             # not before all are here
+        parallel.leave()                                             # waits until all processes are done
 
 
 def table_of(images, rows, model):
@@ -89,12 +88,12 @@ def table_of(images, rows, model):
 
 
 def begin(out, about):
-    """Writes OUT/latents.json, or finds that it is the same already. Refuses a folder of anything else."""
+    """Writes OUT/latents.json. Refuses a folder that holds anything but these latents."""
     table = out / "latents.json"
     if not table.exists() and any(out.glob("*.safetensors")):
         raise cli.InputError(f"{out} holds files that are not these latents; name another --out")
     before = cli.read_json(table) if table.exists() else about
-    for key, what in (("vae", "another VAE"), ("images", "other images, or of these before they changed"),
+    for key, what in (("vae", "another VAE"), ("images", "other images, or these images have changed"),
                       ("rows", "other --versions of these images")):
         if before.get(key) != about[key]:
             raise cli.InputError(f"{out} holds latents of {what}; delete it, or name another --out")
@@ -103,10 +102,11 @@ def begin(out, about):
 
 @torch.no_grad()
 def encode_shard(path, images, rows, numbers, model, batch):
-    """Writes the latents of the rows with those numbers; a row is an image and its version."""
+    """Writes the latents of the rows with these numbers; a row is (number of an image, version)."""
     device, parts = next(model.parameters()).device, []
     for first in range(numbers.start, numbers.stop, batch):
-        x = torch.cat([picture(images, *rows[n], n) for n in range(first, min(first + batch, numbers.stop))])  # N 1 H W
+        part = range(first, min(first + batch, numbers.stop))
+        x = torch.cat([version_of(images, *rows[n], n) for n in part])                       # N 1 H W
         parts.append([half.half().cpu() for half in model.encode(x.to(device))])
     mean, logvar = (torch.cat(halves) for halves in zip(*parts))
     if not (mean.isfinite().all() and logvar.isfinite().all()):
@@ -114,7 +114,8 @@ def encode_shard(path, images, rows, numbers, model, batch):
     hub.save_tensors({"mean": mean, "logvar": logvar}, path, torch.float16)
 
 
-def picture(images, i, version, number):                             # 1 1 H W
+def version_of(images, i, version, number):                          # 1 1 H W
+    """Image i itself for version 0, a moved copy for others."""
     x = images[i][None]
     return pixels.jitter(x, torch.Generator().manual_seed(number)) if version else x
 
@@ -123,8 +124,8 @@ def picture(images, i, version, number):                             # 1 1 H W
 # Reading
 
 class Shards:
-    """shards[row] is (mean, log-variance) of a row, each (4c, h, w) float32, read from disk when asked. A copy that is
-    handed to another process opens the files anew."""
+    """shards[row] is (mean, log-variance) of a row, each (4c, h, w) float32, read from disk when needed. A copy sent to
+    another process opens the files again."""
 
     def __init__(self, folder):
         self.folder, self.files = Path(folder), {}
@@ -149,7 +150,7 @@ class Shards:
         return tuple(file.get_slice(name)[row % SHARD].float() for name in ("mean", "logvar"))
 
     def check(self, rows):
-        """Refuses shards that are missing, cut short, or not `rows` latents of one shape."""
+        """Refuses shards that are missing, cut short, or do not hold `rows` latents of one shape."""
         shapes = set()
         for number in range(math.ceil(rows / SHARD)):
             file, count = self.open(number), min(SHARD, rows - number * SHARD)
@@ -160,11 +161,11 @@ class Shards:
             if sizes[0] != sizes[1] or sizes[0][0] != count or len(sizes[0]) != 4 or len(shapes) > 1:
                 raise cli.InputError(f"{self.path(number)}: holds {sizes[0]} and {sizes[1]}, where {count} latents of "
                                      "one shape are expected; delete it and encode again")
-            del self.files[number]                                   # a million images have a thousand files
+            del self.files[number]                                   # closed: a million images have a thousand files
 
 
 class Latents:
-    """A cache: `rows` says where the versions of each image are in `shards`."""
+    """A cache: `rows` holds for each image's name the numbers of its rows in `shards`."""
 
     def __init__(self, folder):
         self.folder, self.shards, self.rows = Path(folder), Shards(folder), {}
@@ -194,12 +195,12 @@ class Latents:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is lost
+# Evaluation: what is lost in reconstruction
 
 @torch.no_grad()
 def evaluate(model, images, encoder=None, batch=16):
-    """What reconstruction does to `images`, a sequence of (1, H, W) in [-1, 1]: {"psnr": in dB, "ssim": ...}, each
-    (N,). With an encoder of raddino.py "perceptual", (N,), as well, and "fdd", one number: the Fréchet distance of
+    """How well `images`, a sequence of (1, H, W) in [-1, 1], are reconstructed: {"psnr": in dB, "ssim"}, each (N,).
+    With an encoder of encoders/raddino.py also "perceptual", (N,), and "fdd", one number: the Fréchet distance of
     originals and reconstructions in its features."""
     scores, seen, device = {"psnr": [], "ssim": []}, [], next(model.parameters()).device
     for start in tqdm(range(0, len(images), batch), unit="batch", leave=False):

@@ -15,14 +15,13 @@ from common import hub
 from common.cli import InputError
 from vae import RadVAE, VAEConfig
 
-# What every FLUX.2 autoencoder has in common; vae.py knows no other.
+# What every FLUX.2 autoencoder has in common; vae.py supports nothing else.
 FIXED = {"_class_name": "AutoencoderKLFlux2", "act_fn": "silu", "patch_size": [2, 2], "batch_norm_eps": 1e-4,
          "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
 
 
 def read_config(path):
-    """The arguments of VAEConfig from diffusers' config.json; those of the released model where there is no such
-    file."""
+    """The arguments of VAEConfig from diffusers' config.json; without that file those of the released model."""
     if not path:
         return {"channels": 3}
     try:
@@ -38,7 +37,8 @@ def read_config(path):
 
 
 def names(levels):
-    """flux2's part of a tensor's name -> vae.py's. flux2 counts `up` from the finest level, in the order of `down`."""
+    """Parts of flux2's tensor names -> vae.py's. flux2 counts `up` from the finest level, as it does `down`; vae.py
+    counts from the coarsest."""
     table = {
         "encoder.quant_conv.": "quant_conv.",
         "decoder.post_quant_conv.": "post_quant_conv.",
@@ -93,7 +93,7 @@ def locate_vae(place):
 
 def load_vae(place):
     """The VAE with its adapters merged, if it has any, in eval mode. Its `fingerprint` names the file of weights:
-    adapters leave the encoder as it is, so latents made with the base stay valid."""
+    adapters do not change the encoder, so latents made with the base stay valid."""
     folder, file = locate_vae(place)
     if file.name == "model.safetensors":
         model = hub.load_model(RadVAE, VAEConfig, folder)
@@ -108,7 +108,7 @@ def load_vae(place):
 
 
 def copy_vae(place, out):
-    """Copies the files of a VAE as they are, whatever they were called, so that its fingerprint stays."""
+    """Copies the files of a VAE unchanged, so that its fingerprint stays the same."""
     folder, file = locate_vae(place)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, out / (file.name if file.name in FILES else "ae.safetensors"))

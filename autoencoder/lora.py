@@ -3,12 +3,12 @@ for bit.
 
     W' = W + alpha / r  B A        W (c_out, c_in, k, k) frozen, A (r, c_in, k, k), B (c_out, r); k = 1 for projections
 
-Source: Hu et al. 2021; for convolutions as in peft, where A is a k x k convolution to r channels and B a 1x1 one, which
-is the same map: A starts uniform, B at zero, so that training starts at the base exactly. Here W' itself is computed,
-once in each forward pass, which is less work than two more convolutions at every pixel.
+Source: Hu et al. 2021. A starts uniform, B at zero, so that training starts exactly at the base. peft applies A as a
+k x k convolution to r channels and B as a 1x1 convolution, which is the same map. Here W' itself is computed, once in
+each forward pass, which is less work than two more convolutions at every pixel.
 
-    a VAE     all convolutions and projections of the decoder, none of its norms. The encoder and the running statistics
-              stay, so latents cached with the base stay valid with any adapters.
+    a VAE     all convolutions and projections of the decoder, not its norms. The encoder and the running statistics do
+              not change, so latents cached with the base stay valid.
     RadiT     qkv, out, up and down of each block. The table of data sets, which may have new rows, is trained too.
 
 On disk, beside the base: lora.safetensors (A and B, and that table, in bfloat16) and lora.json (rank, alpha, the
@@ -32,7 +32,7 @@ TABLE = "metadata.tables.dataset.weight"
 
 
 class Adapter(nn.Module):
-    """Stands between a layer and its weight (torch's parametrize): the layer sees W', W is never written to."""
+    """Computes W' from a layer's weight W (torch's parametrize): the layer uses W', and W does not change."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -51,7 +51,7 @@ def adapted_part(model):
 
 
 def layers(model):
-    """(name, layer) of all that can be adapted."""
+    """(name, layer) of every layer that can be adapted."""
     return [(name, layer) for name, layer in adapted_part(model).named_modules()
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith("adaln")]
 
@@ -63,8 +63,8 @@ def adapters(model):
 
 
 def add(model, rank, alpha):
-    """Freezes the model and adds adapters, which are then its only parameters with requires_grad, but for RadiT's table
-    of data sets."""
+    """Freezes the model and adds adapters, which are then its only trainable parameters, except for RadiT's table of
+    data sets."""
     if adapters(model) or getattr(model, "merged", False):
         raise cli.InputError("these weights have adapters already; new ones start from their base")
     model.requires_grad_(False)
@@ -77,7 +77,7 @@ def add(model, rank, alpha):
 
 
 def merge(model):
-    """Writes W' into the layers, which are ordinary ones again; returns what unmerge needs: name -> (W, adapter)."""
+    """Writes W' into the layers and removes the adapters; returns what unmerge needs: name -> (W, adapter)."""
     replaced = {}
     for name, adapter in adapters(model).items():
         layer = adapted_part(model).get_submodule(name)
@@ -88,7 +88,7 @@ def merge(model):
 
 
 def unmerge(model, replaced):
-    """Undoes merge. W is put back, not computed as W' - BA, which would round."""
+    """Undoes merge. The kept W is put back, since W' - BA would differ from it by rounding."""
     for name, (weight, adapter) in replaced.items():
         layer = adapted_part(model).get_submodule(name)
         layer.weight.data.copy_(weight)
@@ -97,18 +97,20 @@ def unmerge(model, replaced):
 
 
 def trained_tensors(model):
-    """name -> what is trained and saved."""
-    tensors = {f"{name}.{key}": value for name, adapter in adapters(model).items()
-               for key, value in adapter.named_parameters()}
-    return tensors | ({TABLE: model.metadata.tables["dataset"].weight} if isinstance(model, RadiT) else {})
+    """name -> tensor, of all that is trained and saved."""
+    tensors = {}
+    for name, adapter in adapters(model).items():
+        tensors |= {f"{name}.{key}": value for key, value in adapter.named_parameters()}
+    if isinstance(model, RadiT):
+        tensors[TABLE] = model.metadata.tables["dataset"].weight
+    return tensors
 
 
 def save(model, folder):
-    """Writes the adapters of a model; model.fingerprint names the file of its base's weights."""
+    """Writes the adapters of a model; model.fingerprint is that of its base's weights."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    every = adapters(model)
-    one = next(iter(every.values()))
+    one = next(iter(adapters(model).values()))                       # all have the same rank and alpha
     hub.save_tensors(trained_tensors(model), folder / "lora.safetensors")
     cli.write_json(folder / "lora.json", {"base": model.fingerprint, "rank": one.rank, "alpha": one.alpha})
 

@@ -107,8 +107,8 @@ def add_vae_options(p):
     p.add_argument("--layers", type=cli.integer(1, 100), help="residual blocks of each level; 2 if not given")
     p.add_argument("--groups", type=cli.integer(1, 10 ** 4), help="groups of GroupNorm; 32 if not given")
     p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
-                   help="channels of the latent, before 2x2 cells are joined; 32 if not given; with --init at least the "
-                        "base's")
+                   help="channels of the latent, before 2x2 cells are joined; 32 if not given; with --init at least "
+                        "the base's")
     p.add_argument("--channels", type=int, choices=(1, 3),
                    help="channels of the image, 1 if not given; 3 repeats the grey image")
     p.add_argument("--crop", type=cli.integer(1, 10 ** 4),
