@@ -15,7 +15,8 @@ from vae import RadVAE
 @torch.no_grad()
 def widen(base, latent_channels=None):
     """A RadVAE in training mode with the weights of `base` and this many latent channels (before patchifying), by
-    default as many as the base has. New weights come from torch's global generator. Raises InputError for fewer channels."""
+    default as many as the base has. New weights come from torch's global generator. Raises InputError for fewer
+    channels."""
     old = base.config.latent_channels
     c = latent_channels or old
     if c < old:
