@@ -19,6 +19,7 @@ radiologist.
 """
 import argparse
 import itertools
+import math
 import os
 import random
 import sys
@@ -184,7 +185,7 @@ def main():
                  "factored, 2, depth 0.5", "factored, 2, from VAE's mean"):
         composition(name, args.steps * (2 if "SDEdit" in name else 4), ways[name], x, first, facts)
 
-    side, half, jobs = images.shape[-1], -(-args.each // 2), {}
+    side, half, jobs = images.shape[-1], math.ceil(args.each / 2), {}
     for name, (dataset, suits, field, value) in EDITS.items():
         chosen = choose(records, dataset, suits, args.each, args.seed)
         same = [i for i, r in enumerate(records) if r.get("dataset") == dataset and field in r

@@ -10,6 +10,7 @@ the mean training image of each of B's data sets and views, which is typical and
 classifier sees in the synthetic images of what was asked for, beside what it sees in B. Then memorisation.
 """
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def main():
     records, images, a, b = halves(args.data, args.seed)
     asked = fields.only_covered([known(records[i]) for i in b], model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
-    with tqdm(desc="sampling", unit="step", total=-(-len(b) // 16) * 25) as bar:
+    with tqdm(desc="sampling", unit="step", total=math.ceil(len(b) / 16) * 25) as bar:
         synthetic, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
     candidates = {"real, the other half": images[b], "synthetic": synthetic}
     if decoder:

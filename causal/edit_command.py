@@ -8,6 +8,7 @@ OUT then holds original.png, reconstruction.png (what the model makes of the unc
 difference.png and sheet.png with all of them; of a sweep strip.png and sweep.gif.
 """
 import json
+import math
 import random
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def sheet(title, pictures, columns=6):
     title, which is broken into lines."""
     side = max(SHOWN, *next(iter(pictures.values())).size)
     font, line, columns = ImageFont.load_default(size=18), 26, min(columns, len(pictures))
-    lines, rows = [""], -(-len(pictures) // columns)
+    lines, rows = [""], math.ceil(len(pictures) / columns)
     for word in title.split(" "):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) > columns * side - 12:

@@ -180,7 +180,7 @@ def lists_findings_only(records):
 
 
 def close_world(record):
-    """The record with negatives for the findings that it does not mention, if it speaks of findings at all."""
+    """The record with negatives for the findings that it does not mention, if it mentions any."""
     if not record.keys() & {DETERMINED, *FINDINGS}:
         return record
     return fields.resolve_labels({name: "negative" for name in FINDINGS} | record)
@@ -195,7 +195,7 @@ def count_shares(classes, config, names):
         count = torch.bincount(column[column >= 0], minlength=values).double()
         if not count.sum():
             continue
-        if name == "age":                                            # a year in between that nobody has: half a person
+        if name == "age":                                            # a year in between without a person counts 0.5
             years = count.nonzero()
             count[years.min():years.max() + 1].clamp_(min=0.5)
         shares[name] = (count / count.sum()).tolist()

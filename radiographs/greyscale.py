@@ -33,7 +33,7 @@ def read_dicom(path, used_bits=None):
     detector uses, for files without a window. Raises Rejected."""
     with quiet():
         ds = read_dicom_file(path)
-        describe(ds)                                                 # a patient who cannot be read is nobody's
+        describe(ds)                                                 # checks that the patient can be read
         with rejecting("damaged DICOM header"):
             check_kind(ds)
             check_orientation(ds)

@@ -85,8 +85,8 @@ def survey(pairs, labels):
 
 
 def complete(record, tags, pseudonym):
-    """A harmonised record as the index holds it: what only the DICOM header says added, with a split for everybody, and
-    no identifier of a hospital."""
+    """A harmonised record as the index holds it: with values that only the DICOM header has, with a split, and without
+    a hospital's identifiers."""
     record = tags | record
     name = record.pop("name")
     patient = record.get("patient", name)

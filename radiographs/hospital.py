@@ -97,7 +97,9 @@ def value_of(field, text):
     try:
         return parse_value(field, text)
     except InputError:
-        value = {"age": age_of, "sex": sex_of, "race": race_of, "view": view_of}[field](text)
+        parsers = {"age": age_of, "sex": sex_of, "race": race_of, "view": view_of}
+        parse = parsers[field]
+        value = parse(text)
         if value is None:
             raise
         return value

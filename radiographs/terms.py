@@ -4,7 +4,7 @@ Each table leads from a term, in lower case, to the labels that it asserts, seve
 stands for a finding that CheXpert has no label for. A parent (lung opacity of consolidation, edema, pneumonia and
 atelectasis; enlarged cardiomediastinum of cardiomegaly) follows only where a row says so.
 
-A term that a list does not hold is unknown, not negative: nobody says that it was looked for.
+A term that a list does not hold is unknown, not negative: its reader may not have looked for it.
 """
 from radiographs.fields import LABELS, field_of
 

@@ -38,8 +38,8 @@ EXAMPLES = 64
 
 
 def examples_of(covered, pairs, count=EXAMPLES, seed=0):
-    """`count` records that are nobody's: each field is chosen on its own, by how many training images held each
-    value, or none; a value that no training image held together with those before it is left out.
+    """`count` synthetic records: each field is chosen on its own, by how many training images held each value, or none;
+    a value that no training image held together with those before it is left out.
 
     covered   {field: {value: count}} and age: [least, most], as in radit/config.json
     pairs     as fields.count_pairs makes it; {} in older weights, which do not say
@@ -90,8 +90,8 @@ image of which a field is unknown is not counted in that field's row.
 
 {format_table(("field", "images"), rows)}
 
-The examples of metadata in `radit/config.json` are nobody's: each of their fields was chosen on its own, by these
-counts."""
+The examples of metadata in `radit/config.json` are synthetic, not those of patients: each of their fields was chosen on
+its own, by these counts."""
 
 
 def format_value(value):

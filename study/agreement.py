@@ -13,7 +13,7 @@
 
 Sources: Clopper and Pearson 1934; Hautus 1995 and Macmillan and Creelman 2005 (d'); Cohen 1960; Fleiss 1971; Schuirmann
 1987 (TOST); Holm 1979.
-What cannot be computed, such as kappa where nobody ever changes the answer, is NaN.
+What cannot be computed, such as kappa where no answer ever changes, is NaN.
 """
 import math
 

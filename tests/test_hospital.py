@@ -97,7 +97,7 @@ def test_codes_without_a_2_are_asked_about(root, command, cells):
 
 
 def test_a_complete_index_of_zeros_and_ones_is_asked_about(root):
-    """As nearly everybody writes findings; in this project's coding its positives would become negative."""
+    """As most hospitals write findings; in this project's coding its positives would become negative."""
     row = ["mine", "a/1.png", "p", "40", "F", "", "PA", "train", *["0"] * 13, "1"]
     (root / "index.csv").write_text(",".join(COLUMNS) + "\n" + ",".join(row) + "\n")
     with pytest.raises(InputError, match="index.csv: no finding is 2, so what 0 and 1 mean is not certain; say"):

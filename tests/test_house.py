@@ -67,7 +67,7 @@ def test_there_is_no_circle_of_rooms_and_none_of_files():
 
 
 def test_no_import_hides_in_a_function():
-    """Benchmarks may import a peer where they use it, since not everybody has all of them; nobody else may."""
+    """Benchmarks may import a peer where they use it, since few have them all; no other file may."""
     hidden = []
     for path, tree in SOURCES.items():
         inside = {node for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))

@@ -103,7 +103,7 @@ def test_no_row_of_the_training_data_is_published(run, tmp_path, push):
     assert (run / "weights/radit/config.json").read_text() == before != (served / "radit/config.json").read_text()
     changed = {name for name, value in json.loads(before).items() if published[name] != value}
     assert changed == {"examples"}
-    assert "nobody's" in (served / "README.md").read_text()
+    assert "are synthetic, not those of patients" in (served / "README.md").read_text()
     model, _ = sample.load_weights(served)                           # and it loads, with examples that can be sampled
     for example in model.config.examples:
         fields.check_covered(example, model.config.covered)

@@ -195,7 +195,7 @@ BASE = dataclasses.asdict(RadiTConfig())
 @pytest.mark.parametrize("name, values, accepted", [
     ("channels", [0, -1, 1.0, "4", True, None, 10 ** 20], "whole number from 1"),
     ("patch", [0, -16, 2.5], "whole number from 1"), ("width", [0, -64, "wide", 10 ** 20], "whole number from 1"),
-    ("heads", [0, 3, 512, math.nan], "whole number from 1|four times"),
+    ("heads", [0, 3, 512, math.nan], "whole number from 1|4 x heads divides"),
     ("depth", [-1, 10 ** 7, 1e7, []], "whole number from 0"), ("hidden", [-1, 10 ** 9], "whole number from 0"),
     ("grid", [[32], [32, 0], [32, 32, 32], "32", 32, [8, 8.0], None, [10 ** 7, 8]], "list of 2 whole numbers"),
     ("prediction", ["x", "", None, [], 1], "'velocity' or 'data'"),

@@ -35,7 +35,7 @@ def made_result(key, reader="A", seed=0, answer=lambda shown, rng: shown[0]):
 
 
 def sealed(result):
-    """With a checksum that fits: whoever wants to cheat can do that."""
+    """With a checksum that fits, as a cheat could make it."""
     return result | {"checksum": score.checksum(result)}
 
 

@@ -26,7 +26,7 @@ SIZE = 64
 
 
 def picture(rng):
-    """A smooth grey picture (SIZE, SIZE) in [0, 1] between black bars, of one distribution whoever asks."""
+    """A smooth grey picture (SIZE, SIZE) in [0, 1] between black bars, always of the same distribution."""
     coarse = Image.fromarray(rng.uniform(0.1, 0.9, (6, 6)).astype(np.float32))
     image = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0, 1).copy()
     image[:, :6] = image[:, -6:] = 0

@@ -98,7 +98,7 @@ def test_a_killed_run_continues_with_the_same_losses(few_phantoms, tmp_path, nam
 
 
 def test_what_the_first_process_refuses_is_refused_by_all_processes(few_phantoms, tmp_path):
-    """It alone reads the index; nobody waits for it in vain."""
+    """It alone reads the index, and no process waits for it in vain."""
     assert job.run(2, "command", radit_options(few_phantoms, 8, "--patch", "5"), tmp_path / "run") == [2, 2]
     assert job.run(2, "command", radit_options(tmp_path / "nowhere", 8), tmp_path / "run") == [2, 2]
     with cli.locked(tmp_path / "run"):
@@ -158,7 +158,7 @@ def test_the_average_with_the_least_held_out_loss_becomes_the_weights(tmp_path, 
 
 
 def test_what_is_published_holds_no_row_of_the_training_data(tmp_path, few_phantoms, command, tiny):
-    """config.json's examples: like the training data in every field, nobody's record."""
+    """config.json's examples: like the training data in every field, and no row of it."""
     assert command("train.py", *radit_options(few_phantoms, 8), "--out", tmp_path / "run")[0] == 0
     examples = json.loads((tmp_path / "run/weights/radit/config.json").read_text())["examples"]
     records = data.Radiographs([few_phantoms], "train").records
