@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import http.server
 import importlib
 import io
@@ -83,12 +84,17 @@ def phantoms(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def phantom_weights(phantoms, tmp_path_factory):
-    """XS trained on phantoms in pixel space, about a minute and a half on two cores."""
-    run = tmp_path_factory.mktemp("phantom-run")
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels",
-                    "--patch", "8", "--size", "XS", "--images", "32000", "--batch", "32", "--lr", "2e-3",
-                    "--warmup", "3000", "--ema", "5000", "--log-every", "250", "--save-every", "1000", "--no-compile",
-                    "--out", str(run)], check=True)
+    """XS trained on phantoms in pixel space, minutes on two cores: once, while pytest's other workers wait for it."""
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else phantoms.parent
+    run = shared / "phantom-run"
+    with open(shared / "phantom-run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "trained").exists():
+            subprocess.run([sys.executable, str(ROOT / "train.py"), "radit", "--data", str(phantoms), "--pixels",
+                            "--patch", "8", "--size", "XS", "--images", "32000", "--batch", "32", "--lr", "2e-3",
+                            "--warmup", "3000", "--ema", "5000", "--log-every", "250", "--save-every", "1000",
+                            "--no-compile", "--out", str(run)], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+            (run / "trained").touch()
     return run / "weights"
 
 
