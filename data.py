@@ -157,7 +157,7 @@ def report(counts, source, download, labels, table, metadata_only):
     elif source == "folder":
         for file in download.files:
             if file.endswith((".csv", ".tsv")):
-                print(f"{file} is not read; to take what it says of the images, give --table {file}")
+                print(f"{file} is not read; to use it for the images' metadata, give --table {file}")
     if counts["rows"] and (counts["files"] or metadata_only):
         return
     sought = f"; looked for {download.missed!r} and the like, ending in {', '.join(ENDINGS)}" if download.missed else ""

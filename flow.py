@@ -40,7 +40,7 @@ def time_grid(steps, shift):
 
 
 def to_velocity(output, x, t, prediction):
-    """The velocity (N C H W) that a network's output stands for, at x (N C H W) and t (N,)."""
+    """A network's output, velocity or data (`prediction`), as velocity (N C H W), at x (N C H W) and t (N,)."""
     if prediction == "velocity":
         return output
     # Near t = 1 the division would amplify the network's error without bound. So from t = 0.95 on the divisor stays

@@ -141,7 +141,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.adaln = nn.Linear(width, 6 * width)                     # shift, scale, gate of attention, then of SwiGLU
-        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)  # adaLN's scale stands in for a weight
+        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)  # adaLN's scale replaces a weight
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm = RMSNorm(width // heads, eps=1e-6)
         self.k_norm = RMSNorm(width // heads, eps=1e-6)

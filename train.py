@@ -477,7 +477,7 @@ def main():
     if not getattr(args, "dry_run", None):
         parallel.micro_batch(cfg.batch, cfg.accumulate)              # refused before anything is read or written
     if args.command == "radit" and args.model == "radunet" and (args.init or args.dry_run):
-        parser.error(f"--model radunet: {'--init' if args.init else '--dry-run'} knows RadiT only")
+        parser.error(f"--model radunet: {'--init' if args.init else '--dry-run'} works for RadiT only")
     if args.init:
         for name in FROM_BASE[args.command]:
             if getattr(args, name) is not None:

@@ -3,11 +3,11 @@ truth.
 
     python benchmarks/causal.py [--n 1205494] [--steps 8000] [--seed 0]
 
-The records are drawn, not real: dataset, sex, race and view as often as the paper says, age about 58 (the paper gives
-no distribution), each finding logistic in its parents of the paper's graph with log-odds drawn at random, its
-intercept such that it is positive as often as the paper says among the rows that know it. Then every value is hidden
-at random as often as the paper says it is unknown. So the truth is known: the table compares each mechanism with it,
-given all parents and as a marginal of drawn patients. Nothing about real radiographs follows from these numbers.
+The records are simulated, not real: dataset, sex, race and view as often as the paper reports, age about 58 (the paper
+gives no distribution), each finding logistic in its parents of the paper's graph with random log-odds and an intercept
+such that it is positive as often as the paper reports among the rows that know it. Then values are hidden at random, as
+often as the paper reports them as unknown. So the truth is known: the table compares each mechanism with it, given all
+parents and as a marginal of sampled patients. Nothing about real radiographs follows from these numbers.
 """
 import argparse
 import resource
@@ -87,10 +87,10 @@ def main():
           f"{(time.perf_counter() - start) / 60:.1f} minutes ({(time.process_time() - cpu) / 60:.1f} of CPU time), "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
     start = time.perf_counter()
-    drawn = patients.sample(model, 20_000, seed=args.seed)
-    print(f"20,000 patients drawn in {time.perf_counter() - start:.0f} s")
+    sampled = patients.sample(model, 20_000, seed=args.seed)
+    print(f"20,000 patients sampled in {time.perf_counter() - start:.0f} s")
     shown = model.show(whole[:5000].double() + 0.5)                  # 5,000 true rows, with all parents
-    print(f"{'finding':28}{'known':>10}{'with all parents':>18}   positive: true   drawn   "
+    print(f"{'finding':28}{'known':>10}{'with all parents':>18}   positive: true sampled   "
           "error of p(positive | parents)")
     for name in LABELS:
         i = names.index(name)
@@ -99,7 +99,7 @@ def main():
         with torch.no_grad():
             p = 1 - torch.special.ndtr(model.transport(cut, shown, i, (1, 0)))
         error = (p - chances[name][:5000]).abs().mean()
-        share = sum(record[name] == "positive" for record in drawn) / len(drawn)
+        share = sum(record[name] == "positive" for record in sampled) / len(sampled)
         print(f"{name:28}{int(known[:, i].sum()):10,}{int(known[:, [i, *parents]].all(1).sum()):18,}"
               f"{columns[name].mean():17.4f}{share:8.4f}{error:20.4f}")
 

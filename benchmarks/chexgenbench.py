@@ -105,11 +105,11 @@ def fit_verifier(records, features, seed=0):
         raise InputError(f"{len(twice)} patients with two training images, fewer than {FEWEST}")
     first = set(rng.permutation(sorted(set(patients)))[::2])
     halves = [[i for i, patient in zip(known, patients) if (patient in first) == side] for side in (True, False)]
-    drawn = [pairs_of([records[i]["patient"] for i in half], rng) for half in halves]
-    if not all(same.any() and not same.all() for _, same in drawn):
+    found = [pairs_of([records[i]["patient"] for i in half], rng) for half in halves]
+    if not all(same.any() and not same.all() for _, same in found):
         raise InputError("too few pairs of images of one patient in either half")
-    verifier = Verifier(features[halves[0]], *drawn[0])
-    pairs, same = drawn[1]
+    verifier = Verifier(features[halves[0]], *found[0])
+    pairs, same = found[1]
     scores = verifier(features[halves[1]][pairs[:, 0]], features[halves[1]][pairs[:, 1]])
     return verifier, float(auroc(scores.numpy(), same.numpy()))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py --data PREPARED... [--weights weights/demo] [--n 48] [--guidance 2] [--seed 0]
 
-The same seeds and metadata in every row: the metadata of n held-out real images, drawn at random from half B of
+The same seeds and metadata in every row: the metadata of n held-out real images, chosen at random from half B of
 benchmarks/fidelity.py; half A is the reference of FDD and KDD. Their standard errors are those of the images; from row
 to row the images are the same but for the solver, so rows differ by less. FDD of so few images is far above what many
 would give, and compares within this table only. `distance` needs no reference: the root mean square difference of the
@@ -42,9 +42,9 @@ def evaluations_of(solver, steps):
     return steps * (2 if solver == "heun" else 1)
 
 
-def draw(model, decoder, asked, seeds, guidance, folder):
-    """{(solver, steps): images}, sixteen at a time by every solver, drawn or read from `folder`."""
-    drawn = {way: [] for way in PLAN}
+def sample_all(model, decoder, asked, seeds, guidance, folder):
+    """{(solver, steps): images}, sixteen at a time by every solver, sampled or read from `folder`."""
+    sampled = {way: [] for way in PLAN}
     for part in (slice(start, min(start + 16, len(seeds))) for start in range(0, len(seeds), 16)):
         for solver, steps in PLAN:
             path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
@@ -54,8 +54,8 @@ def draw(model, decoder, asked, seeds, guidance, folder):
                                                 guidance=guidance, solver=solver, batch=16, report=bar.update)
                 safetensors.torch.save_file({"images": images}, f"{path}.tmp")
                 os.replace(f"{path}.tmp", path)
-            drawn[solver, steps].append(safetensors.torch.load_file(path)["images"])
-    return {way: torch.cat(parts) for way, parts in drawn.items()}
+            sampled[solver, steps].append(safetensors.torch.load_file(path)["images"])
+    return {way: torch.cat(parts) for way, parts in sampled.items()}
 
 
 def draw_figure(rows, real, path):
@@ -104,21 +104,21 @@ def main():
     folder = args.out / f"{digest}-guidance-{args.guidance:g}-seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     seeds = list(range(args.seed, args.seed + args.n))
-    drawn = draw(model, decoder, asked, seeds, args.guidance, folder)
+    sampled = sample_all(model, decoder, asked, seeds, args.guidance, folder)
 
     reference = fidelity.features(images[a], encoder)
     real = metrics.compare(reference, fidelity.features(images[chosen], encoder), 5, None, args.seed)
-    best, rows = drawn[PLAN[-1]], []
-    for (solver, steps), pictures in drawn.items():
-        apart = (pictures - best).square().mean((1, 2, 3)).sqrt()    # N
-        row = metrics.compare(reference, fidelity.features(pictures, encoder), 5, None, args.seed)
+    best, rows = sampled[PLAN[-1]], []
+    for (solver, steps), generated in sampled.items():
+        apart = (generated - best).square().mean((1, 2, 3)).sqrt()    # N
+        row = metrics.compare(reference, fidelity.features(generated, encoder), 5, None, args.seed)
         rows.append((solver, steps, row | {"distance": (apart.mean().item(), apart.std().item() / len(apart) ** 0.5)}))
     lines = [f"weights {os.path.relpath(args.weights)} ({digest}), "
              f"encoder {os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
              f"reference N {len(a)}, candidates N {args.n}, {images.shape[-1]}x{images.shape[-1]} pixels, "
              f"guidance {args.guidance:g}, seed {args.seed}, "
              f"{'bfloat16' if cli.fast_bf16(images.device) else 'float32'}",
-             f"{'solver':14}{'evaluations':>12}{'passes':>8}{'FDD':>18}{'KDD':>18}{'distance':>22}"]
+             f"{'solver':14}{'evaluations':>12}{'calls':>8}{'FDD':>18}{'KDD':>18}{'distance':>22}"]
     for solver, steps, row in rows:
         times = flow.time_grid(steps, model.config.shift)
         lines.append(f"{solver:14}{evaluations_of(solver, steps):12}"

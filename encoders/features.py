@@ -35,7 +35,7 @@ READER = 2  # raised by one whenever this project reads pixels differently, so t
 
 
 def images_of(place, split=None):
-    """A record with `path` for each image of `place`: of the split, where an index says which. Raises InputError."""
+    """A record with `path` for each image of `place`, or of its split by the index. Raises InputError."""
     place = Path(place)
     columns = columns_of(place) if place.is_file() else ()
     if "img_savename" in columns or "path" in columns:
@@ -147,7 +147,7 @@ def load(path, config, squeezed=False):
 @torch.no_grad()
 def features_of(records, encoder, cache, squeezed=False, batch=16):
     """CLS features (N, D) float32 of the images of `records`, each of which gets `content`, the hash of its file's
-    bytes. The cache is written anew, whole, every few thousand images. Raises InputError for an unreadable image, a
+    bytes. The whole cache is written every few thousand images. Raises InputError for an unreadable image, a
     feature that is not finite, and images that all look the same."""
     known, new = read_cache(cache), {}
     for record in records:

@@ -1,4 +1,4 @@
-"""The loop: exact resume after a kill, refusal of a non-finite loss, and phantoms drawn as asked, end to end."""
+"""The loop: exact resume after a kill, refusal of a non-finite loss, and phantoms sampled as asked, end to end."""
 import json
 import random
 import sys
@@ -420,8 +420,8 @@ def test_loss_by_t_adds_up(phantoms):
     config = radit.RadiTConfig(channels=1, grid=(32, 32), patch=8, width=128, depth=1, heads=2, prediction="data",
                                datasets=(*fields.DATASETS, "phantom"))
     batch = [torch.stack(column) for column in zip(*(examples[i] for i in range(64)))]
-    draw = RandomNumbers(torch.Generator().manual_seed(0), 64)
-    loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, draw)
+    rng = RandomNumbers(torch.Generator().manual_seed(0), 64)
+    loss, terms = train.RadiTTask(config, None, None).loss(radit.RadiT(config), batch, rng)
     sums, counts = terms["loss_by_t"]
     assert counts.sum() == 64 and (sums.sum() / 64).item() == pytest.approx(loss.item(), rel=1e-5)
     with pytest.raises(InputError, match="no latent for"):
