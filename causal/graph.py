@@ -1,4 +1,4 @@
-"""The expert graph of the 19 variables as data: checked, replaceable, drawn.
+"""The expert graph of the 19 variables as data: checked, replaceable, plotted.
 
 {variable: [its parents]}. The paper (arXiv 2606.19460) draws 29 arrows between 16 variables; dataset and view have
 none. No Finding is this project's addition: it follows from the findings by a rule and has no mechanism (see

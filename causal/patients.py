@@ -1,4 +1,4 @@
-"""Patients drawn from the causal model, changed by interventions, and what they would be otherwise.
+"""Patients sampled from the causal model, changed by interventions, and what they would be otherwise.
 
     sample           noise for every variable, then every mechanism, parents first
     intervention     replaces the mechanism of what is set: p(rest | do) is Pearl's truncated factorisation

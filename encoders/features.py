@@ -35,7 +35,7 @@ READER = 2  # raised by one whenever this project reads pixels differently, so t
 
 
 def images_of(place, split=None):
-    """A record with `path` for each image of `place`, or of its split by the index. Raises InputError."""
+    """A record with `path` for each image of `place`; with `split`, only of that split (needs an index.csv)."""
     place = Path(place)
     columns = columns_of(place) if place.is_file() else ()
     if "img_savename" in columns or "path" in columns:
