@@ -187,7 +187,8 @@ def measure(task, emas, cfg, micro):
     if len(emas) == 1:
         return measured[0], 0
     losses = {str(half_life): numbers["held_out_loss"] for half_life, numbers in zip(cfg.ema, measured)}
-    best = parallel.agreed(min(range(len(emas)), key=lambda number: measured[number]["held_out_loss"]))
+    best = min(range(len(emas)), key=lambda number: measured[number]["held_out_loss"])
+    best = parallel.agreed(best, parallel.training)
     return measured[best] | {"held_out_loss_by_ema": losses}, best
 
 
