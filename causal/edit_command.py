@@ -177,7 +177,7 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), help="with a mask: new noise inside it, from this seed")
     parser.add_argument("--dicom", action="store_true", help="write the edit as DICOM too; nothing of the original's "
                         "header is taken over")
-    parser.add_argument("--out", type=cli.new_path, default=Path("out/edit"), help="(default: out/edit)")
+    parser.add_argument("--out", type=cli.new_path, help="a new folder, out/edit-1 or the next, if not given")
 
 
 def read_request(args, cfg, image):
@@ -230,15 +230,16 @@ def edit_command(args):
         unchanged = torch.where(mask > 0, unchanged, image)          # outside it the edit has the original's pixels
     settings = sample.provenance(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance,
                                 depth=args.depth)
+    out = args.out or cli.new_folder("edit")
     if args.sweep:
-        write_sweep(args.out, image[0], edited, records, sample.text_fields(settings))
+        write_sweep(out, image[0], edited, records, sample.text_fields(settings))
     else:
-        write_edit(args.out, image[0], unchanged[0], edited[0], given, records[0], sample.text_fields(settings))
+        write_edit(out, image[0], unchanged[0], edited[0], given, records[0], sample.text_fields(settings))
     if args.dicom:
         for request, record, result in zip(requests, records, edited):
             name = f"age-{request['age']:g}.dcm" if args.sweep else "edit.dcm"
-            write_dicom(args.out / name, result, request, record, args.seed or 0, settings)
-    print(f"written to {args.out}")
+            write_dicom(out / name, result, request, record, args.seed or 0, settings)
+    print(f"written to {out}")
 
 
 def check_finite(edited, guidance):
