@@ -211,10 +211,10 @@ def test_torchrun_itself(tmp_path):
     """SIGTERM to torchrun reaches the processes, which save; the same command continues; a killed process ends it
     all."""
     run = tmp_path / "run"
-    phantom.write_source(tmp_path / "data", 80)  # few held-out ones: torchrun kills whoever takes more than 30 s to leave
+    phantom.write_source(tmp_path / "data", 80)  # few held-out ones: torchrun kills what takes over 30 s to leave
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "radit",
-               "--data", tmp_path / "data", "--pixels", "--patch", "8", "--size", "XS", "--batch", "32", "--log-every", "4",
-               "--save-every", "4", "--images", "1000000", "--no-compile", "--fsdp", "--out", run]
+               "--data", tmp_path / "data", "--pixels", "--patch", "8", "--size", "XS", "--batch", "32",
+               "--log-every", "4", "--save-every", "4", "--images", "1000000", "--no-compile", "--fsdp", "--out", run]
     ends = []
     for number in (signal.SIGTERM, signal.SIGKILL):
         with open(tmp_path / "output.txt", "w") as output:

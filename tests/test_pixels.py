@@ -32,7 +32,7 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("patch, tokens", [(16, 1024), (32, 256)])
 def test_a_pixel_model_of_512_is_trained_saved_and_drawn_from(large, tmp_path, monkeypatch, patch, tokens):
     monkeypatch.setitem(radit.SIZES, "XS", (64, 1, 1))
-    monkeypatch.setattr(train.RadiTTask, "picture", lambda *_: None)  # sixteen in 25 steps take too long here
+    monkeypatch.setattr(train.RadiTTask, "preview", lambda *_: None)  # sixteen in 25 steps take too long here
     run = tmp_path / "run"
     call(monkeypatch, train, "radit", "--data", large, "--pixels", "--patch", patch, "--size", "XS", "--images", 8,
          "--batch", 4, "--log-every", 1, "--save-every", 2, "--no-compile", "--out", run)

@@ -77,8 +77,8 @@ def long_timeout():
 
 
 def agreed(value, group=None):
-    """The first process's value, in all processes. Once the training has begun, `group` must be `training`: a checkpoint
-    may be using the default group at the same time, from another thread."""
+    """The first process's value, in all processes. Once the training has begun, `group` must be `training`: a
+    checkpoint may be using the default group at the same time, from another thread."""
     values = [value]
     if training:
         dist.broadcast_object_list(values, src=0, group=group)
