@@ -20,12 +20,21 @@ import safetensors
 import torch
 
 
+def one_line(text):
+    """The text with line breaks and control characters, which the name of a file or a column may hold, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class InputError(ValueError):
     """Something the user can correct: one line that names what is wrong and what is accepted."""
+    def __str__(self):
+        return one_line(super().__str__())
 
 
 class RunError(RuntimeError):
     """The input is valid, but nothing could be done with it, or the work failed: one line."""
+    def __str__(self):
+        return one_line(super().__str__())
 
 
 def run(main):
@@ -34,7 +43,7 @@ def run(main):
         main()
     except (InputError, RunError, OSError, safetensors.SafetensorError) as error:
         text = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
-        print(f"{program_name()}: error: {text}", file=sys.stderr)
+        print(f"{program_name()}: error: {one_line(text)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
                                       FileExistsError)) else 1)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -52,7 +61,7 @@ def program_name():
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
-        self.exit(2, f"{program_name()}: error: {message}\n")
+        self.exit(2, f"{program_name()}: error: {one_line(message)}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_new_folders_are_numbered(tmp_path, monkeypatch):
     (FileExistsError(errno.EEXIST, "File exists", "a"), 2, "a: File exists"),
     (OSError(errno.ENOSPC, "No space left on device", "a"), 1, "a: No space left on device"),
     (safetensors.SafetensorError("cut short"), 1, "cut short"),
+    (InputError("a\nb.csv: no column '\x1b'"), 2, r"a\nb.csv: no column '\x1b'"),
     (torch.OutOfMemoryError("tried to allocate 3 GiB"), 1, "out of memory: tried to allocate 3 GiB")])
 def test_what_a_user_can_cause_is_one_line_and_a_status(monkeypatch, capsys, error, status, text):
     def main():
