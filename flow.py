@@ -49,12 +49,15 @@ def to_velocity(output, x, t, prediction):
 
 
 def flow_loss(predict, data, noise, t, prediction="velocity"):
-    """Squared velocity error of each image, (N,). predict(x, t) is the network; data, noise (N C H W); t (N,)."""
+    """Squared velocity error of each image, (N,), and the clean data that the network predicts, (N C H W).
+    predict(x, t) is the network; data, noise (N C H W); t (N,)."""
     share = t.view(-1, 1, 1, 1)                                      # N 1 1 1, the share of data in x_t
     x = (1 - share) * noise + share * data                           # N C H W
-    v = to_velocity(predict(x, t).float(), x, t, prediction)         # N C H W
+    output = predict(x, t).float()                                   # N C H W
+    v = to_velocity(output, x, t, prediction)                        # N C H W
     target = data - noise if prediction == "velocity" else to_velocity(data, x, t, prediction)  # N C H W
-    return (v - target).square().mean((1, 2, 3))                     # N
+    predicted = x + (1 - share) * v if prediction == "velocity" else output  # N C H W
+    return (v - target).square().mean((1, 2, 3)), predicted
 
 
 def guidance_active(t, weight, interval):

@@ -19,6 +19,7 @@ GPUs where attention is deterministic), to rounding on another number.
     python train.py vae   --data PREPARED... --out RUN
     python train.py vae   --data PREPARED... --base black-forest-labs/FLUX.2-klein-4B --lora-rank 32 --out RUN
     python train.py radit --data PREPARED... --latents LATENTS --vae VAE --size XS --out RUN
+    python train.py radit --data PREPARED... --pixels [--encoder weights/demo/classifier] --size XS --out RUN
     python train.py radit --data PREPARED... --latents LATENTS --init WEIGHTS [--lora-rank 8] --out RUN     (fine-tune)
 
 On several GPUs the same commands start with `torchrun --nproc_per_node=8 train.py ...`; see training/README.md.
@@ -45,6 +46,7 @@ from baselines import radunet
 from common import cli, hub
 from common.cli import InputError, pick_device
 from encoders import raddino
+from encoders.perceptual import perceptual_loss
 from radiographs import fields, pixels
 from training import checkpoint, dry_run, finetune, parallel
 from training.examples import Examples, synthetic_metadata
@@ -55,6 +57,7 @@ from training.randomness import RandomNumbers, batches, generator
 
 # Options that the weights given with --init decide.
 FROM_BASE = {"vae": ("channels", "widths", "layers", "groups"), "radit": ("size", "patch", "prediction", "shift")}
+PERCEPTUAL_FROM = 0.3  # time from which a perceptual loss on predicted pixels counts
 STOPPED = 75    # the exit status of a run that was asked to stop
 ASK_EVERY = 8   # steps after which several processes ask each other whether one was told to stop
 
@@ -295,29 +298,40 @@ class RadiTTask:
     held_out    a batch: mean, log-variance, age, codes
     decoder     the VAE of the latents, for previews; None for pixels
     vae_folder  its folder, which is copied beside the weights, so that sample.py can use them
+    encoder     None, or for pixels an encoder of encoders/raddino.py: adds a perceptual loss of that weight
     """
 
-    def __init__(self, config, held_out, decoder, vae_folder=None, about=None):
+    def __init__(self, config, held_out, decoder, vae_folder=None, about=None, encoder=None, perceptual_weight=0.0):
         self.name = "radunet" if isinstance(config, radunet.RadUNetConfig) else "radit"
         self.config, self.held_out, self.decoder, self.vae_folder = config, held_out, decoder, vae_folder
-        self.about = about or {}
+        self.encoder, self.perceptual_weight = encoder, perceptual_weight
+        self.about = (about or {}) | ({"perceptual_weight": perceptual_weight} if encoder else {})
         self.flops = 3 * (radunet if self.name == "radunet" else radit).count_flops(config)
 
     def flow(self, model, batch, rng, drop):
-        """Loss (N,) and time (N,) of each image of a batch (mean, log-variance, age, codes); `drop` metadata or not."""
+        """Of a batch (mean, log-variance, age, codes): each image's loss (N,) and time (N,), the images and what the
+        model predicts them to be (N C H W each); `drop` metadata or not."""
         cfg, (mean, logvar, age, codes) = self.config, batch
         shape = mean.shape[1:]                                       # C H W
         x = mean + (0.5 * logvar).exp() * rng.normal(*shape)         # N C H W, a sample of the posterior
         if drop:
             age, codes = radit.drop_metadata(age, codes, rng.uniform(4 + codes.shape[1]))
         t = rng.rows(lambda count, generator: flow.sample_times(count, cfg.shift, generator))  # N
-        return flow.flow_loss(lambda x, t: model(x, t, age, codes), x, rng.normal(*shape), t, cfg.prediction), t
+        losses, predicted = flow.flow_loss(lambda x, t: model(x, t, age, codes), x, rng.normal(*shape), t,
+                                           cfg.prediction)
+        return losses, t, x, predicted
 
     def loss(self, model, batch, rng):
-        losses, t = self.flow(model, batch, rng, drop=True)
+        losses, t, x, predicted = self.flow(model, batch, rng, drop=True)
         bins = torch.zeros(2, 8, device=t.device)                    # sums and counts by eighths of t
         bins.index_add_(1, (t * 8).long().clamp(0, 7), torch.stack([losses.detach(), torch.ones_like(losses)]))
-        return losses.mean(), {"loss_by_t": bins}
+        terms = {"loss_by_t": bins}
+        if self.encoder:
+            # Near noise the best prediction is a blur of many images, which no encoder should judge (PixelGen, Ma et
+            # al. 2026): loss = |v_theta - v|² + w [t >= 0.3] d(x1_hat, x1),  x1_hat = x_t + (1 - t) v_theta
+            distance = (t >= PERCEPTUAL_FROM) * perceptual_loss(self.encoder, x, predicted, last_only=True)  # N
+            losses, terms["perceptual"] = losses + self.perceptual_weight * distance, distance.mean()
+        return losses.mean(), terms
 
     def save(self, ema, folder):
         if self.about.get("lora_rank"):
@@ -381,6 +395,7 @@ def train_radit(args, cfg):
     parallel.join()
     examples, held_out, described = parallel.on_first(lambda: read_radit_data(args))
     decoder = load_vae(args.vae).to(pick_device()[0]) if args.latents else None
+    encoder = raddino.load_encoder(args.encoder).to(pick_device()[0]) if args.encoder else None
     shape = held_out[0].shape[1:]                                    # C H W
     vae_fingerprint = decoder.fingerprint if decoder else ""
     if args.init:
@@ -419,7 +434,8 @@ def train_radit(args, cfg):
         parallel.on_first(lambda: hub.save_model(model, folder))
         model.fingerprint = hub.fingerprint(folder / "model.safetensors")
         lora.add(model, args.lora_rank, args.lora_alpha or args.lora_rank)
-    train(RadiTTask(config, held_out, decoder, args.vae if decoder else None, about), model, examples, cfg, args.out,
+    task = RadiTTask(config, held_out, decoder, args.vae if decoder else None, about, encoder, args.perceptual_weight)
+    train(task, model, examples, cfg, args.out,
           compiled=model.blocks if args.compile else (), recomputed=model.blocks if args.recompute else (),
           sharded=model.blocks if args.fsdp else (), logger=args.logger,
           may_change=("covered", "pairs", "examples") if args.changed_labels else ())
@@ -490,6 +506,8 @@ def main():
             parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
         if args.init and args.latents and not args.vae:
             args.vae = args.init / "vae"
+        if args.encoder and not args.pixels:
+            parser.error(f"--encoder {args.encoder}: the perceptual loss is of pixels; it needs --pixels")
         if args.latents and not args.vae:
             parser.error("--latents needs --vae, the VAE that made them")
         if args.fsdp and not (parallel.launched or args.dry_run):

@@ -79,7 +79,7 @@ def train_work(count, side):
     def work():
         for _ in range(count // batch):
             t = flow.sample_times(batch, 1.0, rng)
-            flow.flow_loss(lambda x, t: model(x, t, age, codes), x, torch.randn_like(x), t).mean().backward()
+            flow.flow_loss(lambda x, t: model(x, t, age, codes), x, torch.randn_like(x), t)[0].mean().backward()
             model.zero_grad(set_to_none=True)
     return work
 

@@ -61,7 +61,7 @@ def measure(name, args, queue):
     def step():
         noise, t = torch.randn(x.shape, generator=rng, device=device), flow.sample_times(len(x), 1.0, rng)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = flow.flow_loss(lambda x, t: call(model, x, t), x, noise, t).mean()
+            loss = flow.flow_loss(lambda x, t: call(model, x, t), x, noise, t)[0].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()

@@ -10,12 +10,16 @@ Rad-DINO's 768 channels too and has the weight 250 beside a Charbonnier loss of 
 mean would give a narrow encoder a larger weight, so the same weight reads 250 / 768 = 0.33.
 Gradients reach y only. Memory: each layer's activations are computed again in the backward pass (gradient
 checkpointing), so that those of one layer are held at a time.
+
+On the pixels that a flow predicts, the last layer alone served best, with the weight 0.01 for 1 - cosine: PixelGen (Ma
+et al. 2026, arXiv 2602.02493), where LPIPS stood beside it; LPIPS is not offered here.
 """
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-PUBLISHED_WEIGHT = 250 / 768  # 250 for a mean over 768 channels
+PUBLISHED_WEIGHT = 250 / 768  # of the VAE's loss: 250 for a mean over 768 channels
+FLOW_WEIGHT = 0.01 / 2        # of the flow's loss: 0.01 for 1 - cosine
 
 
 def to_encoder_input(encoder, images):
@@ -26,8 +30,9 @@ def to_encoder_input(encoder, images):
     return encoder.normalise(images)                                 # N C H W
 
 
-def perceptual_loss(encoder, x, y):
-    """The distance of each reconstruction y from its original x, both (N, 1, H, W) in [-1, 1]: (N,)."""
+def perceptual_loss(encoder, x, y, last_only=False):
+    """The distance of each reconstruction y from its original x, both (N, 1, H, W) in [-1, 1]: (N,). With `last_only`
+    that in the last layer, not the mean over all layers."""
     with torch.no_grad():
         target = encoder.embed(to_encoder_input(encoder, x))                     # N T D
     tokens, distance = encoder.embed(to_encoder_input(encoder, y)), 0            # N T D
@@ -35,7 +40,9 @@ def perceptual_loss(encoder, x, y):
         with torch.no_grad():
             target = block(target)                                   # N T D
         tokens = recompute(block, tokens, use_reentrant=False)      # N T D
+        if last_only and block is not encoder.blocks[-1]:
+            continue
         with torch.autocast(tokens.device.type, enabled=False):      # squares of small differences: float32
             difference = F.normalize(tokens.float(), dim=-1, eps=1e-6) - F.normalize(target.float(), dim=-1, eps=1e-6)
             distance = distance + difference.square().sum(2).mean(1)         # N
-    return distance / len(encoder.blocks)
+    return distance if last_only else distance / len(encoder.blocks)

@@ -16,6 +16,7 @@ import vae
 from autoencoder import latents
 from autoencoder.load import load_vae
 from common import cli
+from encoders import raddino
 from training import log, parallel
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +25,9 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["job"])
 
 
-def radit_job(cfg, out, blocks=2, **layout):
-    """RadiT on 48 images of noise; layout: compiled, recomputed, sharded = True."""
+def radit_job(cfg, out, blocks=2, encoder=None, **layout):
+    """RadiT on 48 images of noise, taught by an encoder as well if its folder is given; layout: compiled, recomputed,
+    sharded = True."""
     config = radit.RadiTConfig(channels=1, grid=(16, 16), patch=4, width=64, depth=blocks, heads=2,
                                examples=[{"sex": "male"}])
     rng = torch.Generator().manual_seed(9)
@@ -34,7 +36,8 @@ def radit_job(cfg, out, blocks=2, **layout):
                torch.randint(0, 2, (48, 18), generator=rng)]
     torch.manual_seed(cfg.seed)
     model = radit.RadiT(config)
-    task = train.RadiTTask(config, [column[:8] for column in columns], None)
+    encoder = raddino.load_encoder(encoder) if encoder else None
+    task = train.RadiTTask(config, [column[:8] for column in columns], None, encoder=encoder, perceptual_weight=0.1)
     chosen = {key: model.blocks for key, on in layout.items() if on}
     return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **chosen)
 

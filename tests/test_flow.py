@@ -36,11 +36,14 @@ def test_loss_of_the_exact_velocity_is_the_floor(t, prediction):
         return v if prediction == "velocity" else x + (1 - t).view(-1, 1, 1, 1) * v
 
     floor = S ** 2 / (t ** 2 * S ** 2 + (1 - t) ** 2)
-    losses = flow.flow_loss(predict, data, noise, times, prediction)
+    losses, predicted = flow.flow_loss(predict, data, noise, times, prediction)
     assert losses.shape == (200_000,)
     assert losses.mean().item() == pytest.approx(floor, rel=0.01)
+    x = (1 - t) * noise + t * data
+    expected = M + S ** 2 * t / (t ** 2 * S ** 2 + (1 - t) ** 2) * (x - t * M)   # the mean of the data given x
+    torch.testing.assert_close(predicted.double(), expected, rtol=1e-4, atol=1e-4)
     # An error of 0.1 in the output adds its square to the floor; in the data it weighs 1 / (1 - t)² more.
-    worse = flow.flow_loss(lambda x, t: predict(x, t) + 0.1, data, noise, times, prediction)
+    worse, _ = flow.flow_loss(lambda x, t: predict(x, t) + 0.1, data, noise, times, prediction)
     added = 0.01 / (1 if prediction == "velocity" else (1 - t) ** 2)
     assert (worse - losses).mean().item() == pytest.approx(added, rel=0.05)
 

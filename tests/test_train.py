@@ -295,6 +295,9 @@ def test_a_damaged_log_is_one_line(tmp_path):
     (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),
     (["radit", "--latents", "nowhere"], "--latents needs --vae"),
     (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no latents.json"),
+    (["radit", "--latents", "nowhere", "--vae", "nowhere", "--encoder", "here"],
+     "--encoder here: the perceptual loss is of pixels; it needs --pixels"),
+    (["radit", "--pixels", "--encoder", "nowhere"], "nowhere: an encoder is a folder with config.json"),
     (["radit"], "one of the arguments --latents --pixels is required"),
     (["radit", "--pixels", "--size", "M"], "XS, S, B")])
 def test_bad_arguments_are_one_line_and_nothing_is_written(phantoms, tmp_path, command, arguments, message):

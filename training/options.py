@@ -7,7 +7,7 @@ from pathlib import Path
 import radit
 from baselines import radunet
 from common import cli
-from encoders.perceptual import PUBLISHED_WEIGHT
+from encoders.perceptual import FLOW_WEIGHT, PUBLISHED_WEIGHT
 from training.log import LOGGERS
 
 
@@ -87,6 +87,11 @@ def add_radit_options(p):
                    help="with --pixels: side of a token in pixels, 16 (radunet: 8) if not given")
     p.add_argument("--prediction", choices=("velocity", "data"),
                    help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
+    p.add_argument("--encoder", type=Path,
+                   help="with --pixels: a perceptual loss on the predicted image too, in the last layer of this "
+                        "encoder: microsoft/rad-dino or weights/demo/classifier")
+    p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=FLOW_WEIGHT,
+                   help="with --encoder: weight of the perceptual loss; %(default)s as published")
     p.add_argument("--shift", type=cli.number(0.01, 100),
                    help="time shift of flow.py: above 1 towards noise, for many tokens; 1 if not given")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
