@@ -18,6 +18,7 @@ import json
 import re
 import secrets
 import signal
+import socket
 import socketserver
 import sys
 import tempfile
@@ -88,8 +89,7 @@ def parse_form(body, cfg):
 
 def hosts_of(port):
     """What a browser may call this server in the headers Host and Origin. Port 80 is the default of http, so browsers
-    leave it
-    out."""
+    leave it out."""
     return [*NAMES] if port == 80 else [f"{name}:{port}" for name in NAMES]
 
 
@@ -122,13 +122,9 @@ class Queue:
             self.tickets.remove(ticket)
             self.changed.notify_all()
 
-    def wait_until_empty(self, seconds):
-        with self.changed:
-            self.changed.wait_for(lambda: not self.tickets, timeout=seconds)
-
 
 class Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = daemon_threads = True
+    allow_reuse_address = True
 
     def __init__(self, port, weights):
         self.model, self.vae = sample.load_weights(weights)
@@ -138,7 +134,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.vae.to(device)
         self.settings = sample.provenance(weights, solver="euler", interval=[0, 1],
                                           precision="bfloat16" if bf16 else "float32")
-        self.queue, self.closing = Queue(), False
+        self.queue, self.closing, self.connections = Queue(), False, set()
         self.kept, self.temporary = deque(), tempfile.TemporaryDirectory(prefix="radit-")
         self.folder = Path(self.temporary.name)
         for name in ("images", "dicom"):
@@ -151,8 +147,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def keep(self, image, record, seed, settings):
         """Writes the files of an image, forgets the oldest beyond KEPT, and returns its name. Only the request that
-        has the
-        model calls it."""
+        has the model calls it."""
         name = secrets.token_hex(8)                                  # another page cannot guess it
         sample.write_image(self.folder, name, image, record, seed, settings, as_dicom=True)
         self.kept.append(name)
@@ -166,10 +161,22 @@ class Server(socketserver.ThreadingTCPServer):
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, address)
 
+    def process_request(self, connection, address):
+        self.connections.add(connection)
+        super().process_request(connection, address)
+
+    def shutdown_request(self, connection):
+        self.connections.discard(connection)
+        super().shutdown_request(connection)
+
     def server_close(self):
+        """Ends all threads and waits for them: a thread inside torch when Python ends would abort the process, and
+        nothing may be written while the folder goes. The one that samples stops at its next step."""
         self.closing = True
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)                # who waits for a client to send stops waiting
         super().server_close()
-        self.queue.wait_until_empty(seconds=30)                      # nothing may be written while the folder goes
         self.temporary.cleanup()
 
 
