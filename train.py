@@ -367,8 +367,9 @@ def chunks(count, size):
 # ---------------------------------------------------------------------------------------------------------
 # From the command line
 
-def read_radit_data(args):
-    """The training examples, 256 held-out ones as a batch, and a dict of the data's part of RadiT's config."""
+def read_radit_data(args, datasets):
+    """The training examples, 256 held-out ones as a batch, and a dict of the data's part of RadiT's config. Codes of
+    data sets are places in `datasets`, to which new ones are appended."""
     images = data.Radiographs(args.data)
     latents, names = None, [None] * len(images)
     if args.latents:
@@ -382,8 +383,8 @@ def read_radit_data(args):
         if not places:
             raise InputError(f"{', '.join(args.data)}: no image in the split {split}")
     records = [images.records[i] for i in splits["train"]]
-    datasets = list(fields.DATASETS)
-    datasets += sorted({record["dataset"] for record in images.records if "dataset" in record} - set(datasets))
+    datasets = [*datasets, *sorted({record["dataset"] for record in images.records if "dataset" in record}
+                                   - set(datasets))]
     examples, held_out = (Examples([images.records[i] for i in places], datasets, latents, [names[i] for i in places])
                           for places in splits.values())
     return examples, held_out.some(256), {"datasets": datasets, "covered": fields.coverage(records),
@@ -393,13 +394,14 @@ def read_radit_data(args):
 
 def train_radit(args, cfg):
     parallel.join()
-    examples, held_out, described = parallel.on_first(lambda: read_radit_data(args))
+    base = sample.load_weights(args.init)[0] if args.init else None
+    known = base.config.datasets if base else fields.DATASETS
+    examples, held_out, described = parallel.on_first(lambda: read_radit_data(args, known))
     decoder = load_vae(args.vae).to(pick_device()[0]) if args.latents else None
     encoder = raddino.load_encoder(args.encoder).to(pick_device()[0]) if args.encoder else None
     shape = held_out[0].shape[1:]                                    # C H W
     vae_fingerprint = decoder.fingerprint if decoder else ""
     if args.init:
-        base, _ = sample.load_weights(args.init)
         config = finetune.extend_config(base.config, shape, vae_fingerprint, **described)
     else:
         sizes, default_patch = (radunet.SIZES, 8) if args.model == "radunet" else (radit.SIZES, 16)
