@@ -34,7 +34,7 @@ from encoders.features import (deduplicated, labels_of_prompts, set_of,
                                training_images)
 from radiographs.fields import GROUPS, groups_of
 from radiographs.index import SPLITS
-from radiographs.pixels import is_synthetic
+from radiographs.pixels import is_selected, is_synthetic
 
 TILE = 1024  # rows and columns of a block of distances, which bounds the memory
 PARTS = 10   # parts of each set, for the jackknife of FDD
@@ -310,6 +310,9 @@ def warnings_of(real, fake, training):
         raise InputError(f"{marked[0]} of {len(real)} real images say that they are synthetic, and no image of the "
                          "last set does; the synthetic set is given last")
     notes = [f"{marked[0]} of {len(real)} real images say that they are synthetic"] if marked[0] else []
+    if selected := sum(is_selected(record["path"]) for record in fake):
+        notes.append(f"a classifier chose {selected} of {len(fake)} synthetic images, so this says nothing of the "
+                     "weights")
     files = Counter(record["content"] for record in fake)
     for name, records in (("real", real), ("training", training)):
         if shared := sum(files[content] for content in {record["content"] for record in records}):

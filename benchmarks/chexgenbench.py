@@ -1,9 +1,9 @@
 """The CheXGenBench protocol whole (arXiv 2505.10496): fidelity, privacy and utility in one table, in the benchmark's
 columns.
 
-    python benchmarks/chexgenbench.py --real data/mimic --split test --synthetic out --train data/mimic --out
-    out/bench python benchmarks/chexgenbench.py --real real.csv --synthetic prompt_INFO.csv --train train.csv
-    --utility u.json --out b
+    python benchmarks/chexgenbench.py --real data/mimic --split test --synthetic out --train data/mimic --out out/bench
+    python benchmarks/chexgenbench.py --real real.csv --synthetic prompt_INFO.csv --train train.csv --utility u.json
+        --out b
 
 writes OUT.json and OUT.md. REAL, SYNTHETIC and TRAIN are what metrics.py takes, the benchmark's own tables among them.
 
@@ -17,7 +17,7 @@ stands the same last layer on the encoder's features f, sigmoid(w · |f - f'| + 
 images of half of the patients. How well it tells patients apart is measured on the other half (AUROC, .5 is chance:
 then the score says nothing), and held-out real images show what no copy scores. Utility: the figures that `python -m
 diagnosis utility --json FILE` wrote: mean AUROC over the labels, on real test images, of a classifier trained on real
-images (original), synthetic ones, and both (mixed).
+images (original), synthetic ones, and both (mixed): a small transformer, or with --resnet the benchmark's ResNet-50.
 """
 import argparse
 import itertools

@@ -22,7 +22,7 @@ import data
 import sample
 from common import cli
 from common.cli import InputError
-from diagnosis import check, classifier, stress
+from diagnosis import check, classifier, resnet, stress
 from encoders import raddino
 from radiographs import fields
 from radiographs.index import SPLITS
@@ -51,6 +51,8 @@ def fit_command(args):
 
 def utility_command(args):
     cfg, config = training_settings(args)
+    if args.resnet:
+        config = resnet.ResNetConfig()
     report_tables(classifier.utility(args.data, args.synthetic, args.out, cfg, config), args.json)
 
 
@@ -137,6 +139,8 @@ def build_parser():
     add_training_arguments(command)
     command = add("utility", utility_command, "train on real, synthetic and both; test on real")
     command.add_argument("--synthetic", nargs="+", type=Path, required=True, help="prepared sources, split train")
+    command.add_argument("--resnet", action="store_true", help="a ResNet-50 of torchvision at 224 pixels, as "
+                         "CheXGenBench has it, for a GPU; without it a small transformer")
     add_training_arguments(command)
     for name, function, text in (("evaluate", evaluate_command, "how well the model reads held-out images"),
                                  ("robustness", robustness_command, "the same in subgroups"),

@@ -31,6 +31,7 @@ import data
 import train
 from common import cli, hub
 from common.cli import InputError
+from diagnosis.resnet import ResNet, ResNetConfig
 from encoders.raddino import Encoder, EncoderConfig
 from radiographs import fields, pixels
 from radiographs.fields import CODED
@@ -43,13 +44,14 @@ DEMO = Path(__file__).parent.parent / "weights" / "demo" / "classifier"
 
 @dataclass
 class ClassifierConfig:
-    encoder: EncoderConfig       # what looks at the image
+    encoder: EncoderConfig       # what looks at the image, or a ResNetConfig
     datasets: tuple              # values of the field dataset
     covered: dict                # what the training images hold (fields.coverage): other fields are not predicted
     age_error: float = None      # years: the mean error of the predicted age on held-out images
 
     def __post_init__(self):
-        self.encoder = EncoderConfig(**self.encoder) if isinstance(self.encoder, dict) else self.encoder
+        if isinstance(self.encoder, dict):
+            self.encoder = (ResNetConfig if "layers" in self.encoder else EncoderConfig)(**self.encoder)
         self.datasets = tuple(self.datasets)
 
 
@@ -57,7 +59,7 @@ class Classifier(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
+        self.encoder = (Encoder if isinstance(config.encoder, EncoderConfig) else ResNet)(config.encoder)
         self.values = {field: config.datasets if field == "dataset" else fields.VALUES[field] for field in CODED}
         self.head = nn.Linear(config.encoder.width, 1 + sum(len(values) for values in self.values.values()))
         self.register_buffer("temperature", torch.ones(len(CODED)))  # of each field's softmax, set after training
@@ -100,7 +102,9 @@ class ClassifierTask:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             size = config.encoder.image_size
             Classifier(config)(torch.empty(1, 1, size, size))
-        self.flops = 3 * counter.get_total_flops() // 2              # half of the patches are left out
+        # Of a transformer, half of the patches are left out in training.
+        self.drops_patches = isinstance(config.encoder, EncoderConfig)
+        self.flops = 3 * counter.get_total_flops() // (2 if self.drops_patches else 1)
 
     @staticmethod
     def terms(model, images, age, codes, keep=None):
@@ -115,8 +119,10 @@ class ClassifierTask:
     def loss(self, model, batch, rng):
         images, age, codes = batch                                   # N 1 H W, N, N 18
         images = pixels.jitter(images, rng.generator)
-        patches = (model.config.encoder.image_size // model.config.encoder.patch) ** 2
-        keep = rng.uniform(patches).argsort(1)[:, :patches // 2]
+        keep = None
+        if self.drops_patches:
+            patches = (model.config.encoder.image_size // model.config.encoder.patch) ** 2
+            keep = rng.uniform(patches).argsort(1)[:, :patches // 2]
         age_loss, entropy = self.terms(model, images, age, codes, keep)
         return age_loss + entropy, {"age_loss": age_loss, "entropy": entropy}
 

@@ -160,6 +160,14 @@ def is_synthetic(path):
             return image.info.get("Synthetic") == "yes"
 
 
+def is_selected(path):
+    """Whether a PNG of this project says that a classifier chose it (python -m diagnosis check --redraw)."""
+    if is_dicom(path):
+        return False
+    with open_file(path) as file, rejecting("not an image"), Image.open(file, formats=FORMATS) as image:
+        return "Selected" in image.info
+
+
 def load_image(path):
     """A prepared grey picture as float32 (1, H, W) in [-1, 1]. Raises InputError, naming the file."""
     with open(path, "rb") as file:

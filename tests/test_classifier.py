@@ -2,6 +2,7 @@
 known."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 import train
 from common import cli, hub
 from diagnosis import classifier
+from diagnosis.resnet import ResNetConfig
 from encoders.raddino import Encoder, EncoderConfig, load_encoder
 from radiographs import fields
 from radiographs.index import COLUMNS, index_row, read_index, stable_split
@@ -244,6 +246,31 @@ def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
     for a, b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()):
         torch.testing.assert_close(a, b)
     assert isinstance(model.encoder, Encoder) and not torch.equal(model.head.weight, torch.zeros(1))
+
+
+def test_a_resnet_is_torchvisions(tmp_path):
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    config = classifier.ClassifierConfig(ResNetConfig(18, 64), ("own",), {"sex": {"female": 1, "male": 1}})
+    model, theirs = classifier.Classifier(config).eval(), models.resnet18(num_classes=1000).eval()
+    theirs.load_state_dict(model.encoder.body.state_dict(), strict=False)
+    theirs.fc = model.head                                           # on ImageNet's mean and standard deviation
+    images = torch.rand(2, 1, 64, 64) * 2 - 1
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = theirs(((images + 1) / 2).repeat(1, 3, 1, 1).sub(mean).div(std))
+    age, logits = model(images)
+    torch.testing.assert_close(age, 50 + 20 * expected[:, 0])
+    torch.testing.assert_close(torch.cat(logits, 1), expected[:, 1:])
+    hub.save_model(model, tmp_path, torch.float32)
+    again = hub.load_model(classifier.Classifier, classifier.ClassifierConfig, tmp_path)
+    torch.testing.assert_close(again(images)[0], age)
+
+
+def test_without_torchvision_a_resnet_is_refused(source, tmp_path, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    status, _, errors = command("diagnosis", "utility", source, "--synthetic", source, "--resnet",
+                                "--out", tmp_path / "out")
+    assert status == 2 and "a ResNet needs the package torchvision" in errors and len(errors.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -349,6 +349,18 @@ def test_sets_the_wrong_way_round_are_noticed(tmp_path, command, encoder):
     assert "WARNING: 1 of 8 synthetic images are files of the real images" in output
 
 
+def test_a_selection_is_no_sample(tmp_path, command, encoder):
+    """Images that python -m diagnosis check --redraw made anew until a classifier was pleased."""
+    real, fake = pictures(tmp_path / "real", 8, 0), pictures(tmp_path / "fake", 8, 1)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Selected", "images that the classifier contradicted were made anew")
+    for path in sorted(fake.iterdir())[:5]:
+        Image.open(path).save(path, pnginfo=info)
+    status, output, errors = command("metrics.py", real, fake, "--encoder", encoder)
+    assert status == 0, errors
+    assert "WARNING: a classifier chose 5 of 8 synthetic images, so this says nothing of the weights" in output
+
+
 def test_an_unfinished_sample_is_refused(tmp_path, command, encoder):
     real, fake = pictures(tmp_path / "real", 8, 0), pictures(tmp_path / "fake/images", 8, 1).parent
     (fake / "sample.json").write_text("{}")

@@ -278,6 +278,10 @@ def test_opposite_readers_are_not_together_equivalent_to_chance(tmp_path, capsys
         score.report(results, key, tmp_path / "score")
         return json.loads((tmp_path / "score.json").read_text())["together"], capsys.readouterr().out
 
+    two = {name: made_result(key, name, i, able(accuracy))["answers"]
+           for i, (name, accuracy) in enumerate({"right": 0.9, "wrong": 0.1}.items())}
+    numbers = score.score(two, key)["together"]
+    assert numbers["p_equivalence"] < 0.001 and not numbers["equivalent"]
     numbers, text = verdict(right=0.9, wrong=0.1, guesses=0.5)
     assert numbers["p_equivalence"] < 0.001 and not numbers["equivalent"]  # the mean alone would have shown it
     assert numbers["readers_who_differ_from_chance"] == ["right", "wrong"]
