@@ -281,7 +281,8 @@ def main():
     p.add_argument("root", type=new_path, help="the folder below which its archives were unpacked")
     p.add_argument("out", type=new_path, help="a new folder; the same command again continues what was interrupted")
     p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels on each side; %(default)s")
-    p.add_argument("--bits", type=int, default=8, choices=(8, 16), help="bits of each output pixel, %(default)s")
+    p.add_argument("--bits", type=integer(8, 16), default=8, choices=(8, 16),
+                   help="bits of each output pixel, %(default)s")
     p.add_argument("--used-bits", type=integer(8, 16), help="how many bits of 16-bit files the source uses, such as 12")
     p.add_argument("--workers", type=integer(1, 1024), default=os.cpu_count(), help="processes; one for each core")
     p.add_argument("--metadata-only", action="store_true", help="an index of all rows of the tables, without images")

@@ -258,7 +258,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=cli.integer(1, 1000), default=25, help="steps of the solver; 25 if not given")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="heun: two evaluations a step")
     parser.add_argument("--guidance", type=cli.number(-100, 100), default=2.0, help="1 is off; 2 if not given")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
+    parser.add_argument("--guidance-interval", type=cli.number(0, 1), nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
                         help="use guidance only for times from LOW to HIGH, such as 0.1 0.8, and save half of the work "
                              "elsewhere")
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0,
@@ -278,7 +278,7 @@ def parse_arguments():
     parser.add_argument("--out", type=cli.new_path, help="a folder; a new one in out/, if not given")
     args = parser.parse_args()
     low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
+    if low > high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: not two times from 0 to 1, the lower one first")
     if args.guidance == 1 and args.guidance_interval != [0, 1]:
         raise InputError("--guidance-interval: --guidance 1 is off, so there is nothing to confine to an interval")

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import stat
 import sys
 import time
@@ -85,10 +86,10 @@ def integers(low, high):
 
 
 def number(low, high):
-    """A finite number from low to high."""
+    """A finite number from low to high, in ASCII digits; see integer."""
     def parse(text):
         try:
-            value = float(text)
+            value = float(text) if re.fullmatch("[-+.0-9eE]+", text) else math.nan
         except ValueError:
             value = math.nan
         if not low <= value <= high:

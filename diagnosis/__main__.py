@@ -112,7 +112,7 @@ def add_training_arguments(parser):
                         "it")
     parser.add_argument("--images", type=cli.positive, default=131_072, help="how many to see in training")
     parser.add_argument("--batch", type=cli.integer(1, 65_536), default=32)
-    parser.add_argument("--lr", type=cli.number(0, 1), default=5e-4)
+    parser.add_argument("--lr", type=cli.number(1e-12, 1), default=5e-4)
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), default=0)
     parser.add_argument("--width", type=cli.integer(64, 4096), default=192, help="of a model from scratch, a multiple "
                         "of 64")

@@ -357,9 +357,13 @@ def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     with pytest.raises(cli.InputError, match="precision = bfloat16, not float32"):
         main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--no-bf16")
     message = "--guidance-interval .*: not two times from 0 to 1, the lower one first"
-    for interval in ((0.8, 0.1), ("nan", 1), (0, 1.5)):
-        with pytest.raises(cli.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
+        main(monkeypatch, weights, tmp_path / "b", "--guidance-interval", 0.8, 0.1)
+    capsys.readouterr()
+    for interval in (("nan", 1), (0, 1.5), ("١", 1)):
+        with pytest.raises(SystemExit):
             main(monkeypatch, weights, tmp_path / "b", "--guidance-interval", *interval)
+        assert "is not a number from 0 to 1" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

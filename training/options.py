@@ -20,8 +20,9 @@ def option(default, kind, text):
 class TrainConfig:
     images: int = option(1_000_000, cli.integer(1, 10 ** 12), "stop after this many images seen")
     batch: int = option(16, cli.integer(1, 10 ** 6), "images in each step, over all processes")
-    lr: float = option(None, cli.number(0, 1), "AdamW's learning rate after the warm-up; if not given, 0.001 for the "
-                                               "VAE, 0.001 x 256 / width for RadiT, and a tenth of it with --init")
+    lr: float = option(None, cli.number(1e-12, 1),
+                       "AdamW's learning rate after the warm-up; if not given, 0.001 for the VAE, 0.001 x 256 / width "
+                       "for RadiT, and a tenth of it with --init")
     warmup: int = option(8_000, cli.integer(0, 10 ** 12), "images over which the learning rate rises from 0")
     cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which the learning rate falls to 0")
     clip: float = option(1.0, cli.number(1e-6, 1e6), "largest norm of the gradient; larger ones are scaled down to it")
@@ -114,7 +115,7 @@ def add_vae_options(p):
     p.add_argument("--latent-channels", type=cli.integer(1, 10 ** 4),
                    help="channels of the latent, before 2x2 cells are joined; 32 if not given; with --init at least "
                         "the base's")
-    p.add_argument("--channels", type=int, choices=(1, 3),
+    p.add_argument("--channels", type=cli.integer(1, 3), choices=(1, 3),
                    help="channels of the image, 1 if not given; 3 repeats the grey image")
     p.add_argument("--crop", type=cli.integer(1, 10 ** 4),
                    help="train on one random square of each image, with sides of so many pixels")
