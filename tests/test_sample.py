@@ -348,6 +348,17 @@ def test_a_sample_s_own_table_draws_the_same_sample(weights, tmp_path, monkeypat
     assert len(main(monkeypatch, weights, tmp_path / "c", "--metadata", tmp_path / "a/index.csv", "--n", 3)) == 3
 
 
+def test_wishes_that_contradict_each_other_go_through_the_label_policy(tmp_path, monkeypatch):
+    covered = {field: {"negative": 1, "positive": 1} for field in ("no_finding", "pneumonia")}
+    config = radit.RadiTConfig(covered=covered)
+    note = "no_finding=positive contradicts pneumonia=positive and is taken as negative"
+    (tmp_path / "t.csv").write_text("seed,pneumonia\n7,positive\n")
+    for more, n in ((["--set", "pneumonia=positive", "--n", "2"], 2), (["--metadata", str(tmp_path / "t.csv")], 1)):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--set", "no_finding=positive", *more])
+        records, _, notes = sample.requested_images(sample.parse_arguments(), config)
+        assert records == [{"no_finding": "negative", "pneumonia": "positive"}] * n and note in notes
+
+
 def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--bf16")
     # shift 2 takes 0, 1/4, 1/2, 3/4 to 0, 1/7, 1/3, 3/5: three of four are guided
