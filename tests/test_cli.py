@@ -29,8 +29,8 @@ def test_what_is_no_whole_number_in_the_range_is_refused(text):
         cli.integer(-5, 10)(text)
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "1.5", "1e999", "-0.1", "0,5", "١", "１", "0_1", " 1", "1\n",
-                                  "0x1", "1e", "."])
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "1.5", "1e999", "-0.1", "0,5", "١", "１", "0_1", " 1",
+                                  "1\n", "0x1", "1e", "."])
 def test_what_is_no_number_in_the_range_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number from 0 to 1"):
         cli.number(0, 1)(text)
