@@ -28,8 +28,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from common.cli import (InputError, Parser, RunError, integer, locked, new_path, read_json, run, whole_file, write_csv,
-                        write_json)
+from common.cli import (InputError, Parser, RunError, count, integer, locked, new_path, one_line, read_json, run,
+                        whole_file, write_csv, write_json)
 from common.tables import read_table
 from common.workers import worker_pool
 from radiographs.fields import FIELDS, FINDINGS, VALUES
@@ -149,11 +149,14 @@ def check_settings(out, settings):
 def report(counts, source, download, labels, table, metadata_only):
     """Prints what was found, before the work begins; raises RunError if nothing was."""
     if labels:
-        print(f"labels: {len(labels)} names, of which {counts['labelled']} are images of {download.root}")
+        print(f"labels: {count(len(labels), 'name')}, {counts['labelled']} of them of images of {download.root}")
     if table:
-        print(f"{table}: {counts['rows']} rows, of which {counts['files']} found their file below {download.root}")
-        if unread := unread_columns(table):
-            print(f"columns that are not read: {', '.join(unread)}")
+        print(f"{table}: {count(counts['rows'], 'row')}, {counts['files']} of them with a file below {download.root}")
+        unread, warnings = unread_columns(table)
+        if unread:
+            print(f"columns that are not read: {one_line(', '.join(unread))}")
+        for warning in warnings:
+            print(f"warning: {one_line(warning)}", file=sys.stderr)
     elif source == "folder":
         for file in download.files:
             if file.endswith((".csv", ".tsv")):
@@ -277,8 +280,10 @@ def main():
     parser = Parser(description="Prepare radiographs and their metadata.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("prepare", help="turn a source into index.csv, images/ and rejected.csv")
-    p.add_argument("source", choices=SOURCES, help="one of %(choices)s; folder is any folder of DICOM, PNG or JPEG")
-    p.add_argument("root", type=new_path, help="the folder below which its archives were unpacked")
+    p.add_argument("source", choices=SOURCES, help="one of %(choices)s; folder is your own: any folder of "
+                                                         "DICOM, PNG or JPEG")
+    p.add_argument("root", type=new_path, help="the folder below which its archives were unpacked; for the source "
+                                               "folder any folder, whose name becomes the data set's")
     p.add_argument("out", type=new_path, help="a new folder; the same command again continues what was interrupted")
     p.add_argument("--size", type=integer(8, 8192), default=512, help="pixels on each side; %(default)s")
     p.add_argument("--bits", type=integer(8, 16), default=8, choices=(8, 16),
@@ -292,7 +297,7 @@ def main():
     p.add_argument("--coding", choices=CODINGS, help="numbers of findings in that table: 01 no and yes; "
                                                      "012 unknown, negative and positive")
     p = commands.add_parser("stats", help="count every value of every field, by data set")
-    p.add_argument("prepared", nargs="+", type=new_path)
+    p.add_argument("prepared", nargs="+", type=new_path, help="prepared sources")
     p.add_argument("--out", type=new_path, help="plot the counts into this PNG file")
     args = parser.parse_args()
     if args.command == "stats":
@@ -307,8 +312,9 @@ def main():
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         raise
-    what, rejected = "rows" if args.metadata_only else "images", rejected_path(args.source, args.out)
-    print(f"{counts['taken']} {what} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "
+    taken = count(counts["taken"], "row" if args.metadata_only else "image")
+    rejected = rejected_path(args.source, args.out)
+    print(f"{taken} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "
           f"{counts['missing']} in the tables but not there")
     print(f"next: python data.py stats {args.out}")
     if counts["synthetic"]:

@@ -11,7 +11,7 @@ A network predicts the velocity itself ("velocity") or the clean data ("data"), 
 Sources: Liu et al. 2022 and Lipman et al. 2023 (the path), Esser et al. 2024 (logit-normal times, eq. 23 for the
 shift), Karras et al. 2022 (Heun), Ho and Salimans 2022 (guidance), Kynkäänniemi et al. 2024 (only in an interval), Li
 and He 2025 (data prediction, velocity loss).
-Shapes: N images, C channels, H x W pixels or latent cells.
+Shapes: N images, C channels, H x W pixels or latent cells. A module without a command: train.py and sample.py use it.
 """
 import torch
 

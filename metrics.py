@@ -30,8 +30,8 @@ import torch
 from common import cli, hub
 from common.cli import InputError
 from encoders import raddino
-from encoders.features import (deduplicated, labels_of_prompts, set_of,
-                               training_images)
+from encoders.features import (deduplicated, images_of, labels_of_prompts,
+                               set_of, training_images)
 from radiographs.fields import GROUPS, groups_of
 from radiographs.index import SPLITS
 from radiographs.pixels import is_selected, is_synthetic
@@ -210,7 +210,8 @@ def prdc(real, fake, k=5, seed=0, halves=20):
     """
     size = min(len(real), len(fake))
     if size <= k:
-        raise InputError(f"{size} images have no {k}-th neighbour; use more images or a smaller --k")
+        raise InputError(f"among {cli.count(size, 'image')} there is no {k}-th neighbour; use more images or a "
+                         "smaller --k")
     values, errors, rng = shares(real, fake, k), [math.nan] * 4, torch.Generator().manual_seed(seed)
 
     def half(x):
@@ -396,6 +397,9 @@ def main():
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="seed of the random parts and subsets")
     parser.add_argument("--json", type=cli.new_path, metavar="FILE", help="write the same figures as JSON")
     args = parser.parse_args()
+    for places, split in ((args.real, args.split), ([args.synthetic], None), (args.train, None)):
+        for place in places:
+            images_of(place, split)                                  # a wrong place is refused before any work
     encoder, bench = load_encoder(args.encoder), args.protocol == "chexgenbench"
     fingerprint, choose = hub.fingerprint(args.encoder), deduplicated if bench else list
     real, x = set_of(args.real, encoder, fingerprint, args.split, bench, choose)

@@ -56,7 +56,11 @@ def load_weights(folder):
     elif hub.find(folder, "radunet/config.json"):
         model = hub.load_model(RadUNet, RadUNetConfig, folder / "radunet")
     else:
-        raise InputError(f"{folder}: no radit/ in it; weights are a folder that holds radit/ and, for latents, vae/")
+        text = "no radit/ in it; weights are a folder that holds radit/ and, for latents, vae/"
+        for near in (folder.parent, folder / "weights"):             # one model of a set, or the folder of a run
+            if (near / "radit/config.json").is_file() or (near / "radunet/config.json").is_file():
+                text = f"no radit/ in it; name {near}, which holds it"
+        raise hub.not_found(folder, text)
     if not model.config.vae:
         if model.config.channels != 1:
             raise InputError(f"{folder}: made for {model.config.channels} channels but names no VAE; "
@@ -243,21 +247,27 @@ def sample_folder(out, model, vae, records, seeds, settings, batch=16, as_dicom=
 # ---------------------------------------------------------------------------------------------------------
 # The command
 
-FLAGS = ("dataset", "age", "sex", "race", "view")  # fields that are options; --set takes any field
+# Fields that are options, with their help; --set takes any field.
+FLAGS = {"dataset": "name of a data set whose images these are to resemble, such as ChestX-ray14",
+         "age": f"of the patient, in years from 0 to {fields.MAX_AGE}", "sex": "of the patient: female or male",
+         "race": "of the patient: asian, black or white", "view": "AP, PA (both frontal) or LATERAL"}
 
 
 def parse_arguments():
     values = "; ".join(f"{field}: {', '.join(fields.VALUES[field])}" for field in fields.CODED[:4])
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                         epilog=f"Fields and their values. age: years; {values}; negative or positive: "
-                               f"{', '.join(fields.FINDINGS)}. Weights may cover fewer values, and other data sets.")
+                               f"{', '.join(fields.FINDINGS)}. Weights may cover fewer values and other data sets; "
+                               "radit/config.json in their folder lists them, under covered. Others are refused, "
+                               "with those that are covered in the message.")
     parser.add_argument("--weights", type=Path, default=DEMO,
                         help="a folder that holds radit/ and vae/, or its name on the Hub; the demo if not given")
-    parser.add_argument("-n", "--n", type=cli.integer(1, 1_000_000),
-                        help="how many images; if not given 16, or all rows of --metadata (under torchrun use -n)")
+    parser.add_argument("--n", "-n", type=cli.integer(1, 1_000_000),
+                        help="how many images; if not given 16, or all rows of --metadata (under torchrun write -n)")
     parser.add_argument("--steps", type=cli.integer(1, 1000), default=25, help="steps of the solver; 25 if not given")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="heun: two evaluations a step")
-    parser.add_argument("--guidance", type=cli.number(-100, 100), default=2.0, help="1 is off; 2 if not given")
+    parser.add_argument("--guidance", type=cli.number(0, 100), default=2.0,
+                        help="weight of the metadata: 0 ignores them, 1 is no guidance; 2 if not given")
     parser.add_argument("--guidance-interval", type=cli.number(0, 1), nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
                         help="use guidance only for times from LOW to HIGH, such as 0.1 0.8, and save half of the work "
                              "elsewhere")
@@ -268,8 +278,8 @@ def parse_arguments():
                         help="compute in bfloat16; if not given, where that is faster")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: needs a C++ compiler and a minute "
                         "or two, so it is worth it for some hundred images or more")
-    for field in FLAGS:
-        parser.add_argument(f"--{field}")
+    for field, text in FLAGS.items():
+        parser.add_argument(f"--{field}", help=text)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="any field, such as pneumonia=positive")
     parser.add_argument("--metadata", type=Path, metavar="FILE.csv",
@@ -299,7 +309,7 @@ def requested_images(args, cfg):
         records, row_seeds = read_rows(args.metadata, cfg.datasets, cfg.covered)
         count = args.n or len(records)
         if count > len(records):
-            raise InputError(f"--n {count}: {args.metadata} has {len(records)} rows")
+            raise InputError(f"--n {count}: {args.metadata} has {cli.count(len(records), 'row')}")
         records = [record | asked for record in records[:count]]
         seeds = [args.seed + i if seed is None else seed for i, seed in enumerate(row_seeds[:count])]
     else:
@@ -310,10 +320,8 @@ def requested_images(args, cfg):
     records = [record for record, _ in resolved]
     notes = sorted({note for _, of_record in resolved for note in of_record})[:5]
     covered = fields.only_covered(records, cfg.covered)
-    total, kept = sum(len(record) for record in records), sum(len(record) for record in covered)
-    if kept < total:
-        notes.append(f"{total - kept} of {total} values were not covered in the training of these weights "
-                     "and stay unknown")
+    if left_out := fields.list_left_out(records, covered):
+        notes.append(f"left unknown, because these weights were not trained on it: {left_out}")
     return covered, seeds, notes
 
 
@@ -345,8 +353,9 @@ def main():
     if rank == 0:
         times = flow.time_grid(args.steps, model.config.shift)
         calls = flow.count_network_calls(times, args.solver, args.guidance, args.guidance_interval)
-        print(f"{len(seeds)} images in {out}, {made} of them made now, {evaluations} velocity evaluations and {calls} "
-              f"network calls each; {out}/grid.png shows them, {out}/metadata.csv what each was asked to show")
+        print(f"{cli.count(len(seeds), 'image')} in {out}, {made} of them made now, with "
+              f"{cli.count(evaluations, 'velocity evaluation')} and {cli.count(calls, 'network call')} for each image; "
+              f"{out}/grid.png shows them, {out}/metadata.csv lists what each was asked to show")
 
 
 if __name__ == "__main__":

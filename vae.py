@@ -14,7 +14,8 @@ mean of the three it returns is the result. encode() returns the mean and log-va
 latent, z = mean + exp(log-variance / 2) noise is a sample of it, and decode() takes such a z. Latents are normalised
 nowhere else.
 
-train.py trains it; autoencoder/ loads it, or FLUX.2's published weights, and caches latents.
+A module without a command: train.py trains it; autoencoder/ loads it, or FLUX.2's published weights, and caches
+latents.
 """
 from dataclasses import dataclass
 

@@ -39,7 +39,7 @@ def main():
                    help="latents of each training image: its own and those of slightly moved copies, for small data "
                         "sets")
     p = commands.choices["evaluate"]
-    p.add_argument("--split", choices=SPLITS, default="test")
+    p.add_argument("--split", choices=SPLITS, default="test", help="which images; test if not given")
     p.add_argument("--encoder", type=Path, help="microsoft/rad-dino or weights/demo/classifier: print perceptual "
                                                 "and Fréchet distance as well")
     args = parser.parse_args()
@@ -48,12 +48,16 @@ def main():
     encoder = raddino.load_encoder(args.encoder) if args.encoder else None
     scores = latents.evaluate(load_vae(args.vae), data.Radiographs(args.data, args.split), encoder)
     decibel, similarity = scores["psnr"], scores["ssim"]
-    print(f"{args.vae}: {len(decibel)} images of the split {args.split}: PSNR {decibel.mean():.2f} dB "
-          f"(standard deviation {decibel.std(correction=0):.2f}), SSIM {similarity.mean():.4f} "
-          f"({similarity.std(correction=0):.4f})")
+    several = len(decibel) > 1                                       # one image has no spread
+    spread = f" (standard deviation {decibel.std(correction=0):.2f})" if several else ""
+    print(f"{args.vae}: {cli.count(len(decibel), 'image')} of the split {args.split}: PSNR {decibel.mean():.2f} dB"
+          + spread + f", SSIM {similarity.mean():.4f}" + (f" ({similarity.std(correction=0):.4f})" if several else ""))
     if encoder:
-        print(f"through {args.encoder}: perceptual distance {scores['perceptual'].mean():.3g} "
-              f"({scores['perceptual'].std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}")
+        distance = scores["perceptual"]
+        print(f"through {args.encoder}: perceptual distance {distance.mean():.3g}"
+              + (f" ({distance.std(correction=0):.2g}), Fréchet distance {scores['fdd']:.3g}" if several else ""))
+    if not several:
+        print("one image: a standard deviation or a Fréchet distance needs at least two")
 
 
 if __name__ == "__main__":

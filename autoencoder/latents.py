@@ -76,6 +76,8 @@ def encode(folders, model, out, versions=1, batch=16):
             if not path.exists():
                 encode_shard(path, images, rows, range(start, min(start + SHARD, len(rows))), model, batch)
         parallel.leave()                                             # waits until all processes are done
+    if parallel.rank == 0:
+        print(f"{cli.count(len(rows), 'latent')} of {cli.count(len(images), 'image')} in {out}")
 
 
 def table_of(images, rows, model):
@@ -171,7 +173,8 @@ class Latents:
         self.folder, self.shards, self.rows = Path(folder), Shards(folder), {}
         table = self.folder / "latents.json"
         if not table.exists():
-            raise cli.InputError(f"{folder}: no latents.json; make it with python -m autoencoder encode")
+            what = "no latents.json in it" if self.folder.is_dir() else "no such folder"
+            raise cli.InputError(f"{folder}: {what}; latents are made by python -m autoencoder encode")
         about = cli.read_json(table)
         if set(about) != {"vae", "images", "rows"}:
             raise cli.InputError(f"{table}: written by another version of this code; encode again")
@@ -200,8 +203,8 @@ class Latents:
 @torch.no_grad()
 def evaluate(model, images, encoder=None, batch=16):
     """How well `images`, a sequence of (1, H, W) in [-1, 1], are reconstructed: {"psnr": in dB, "ssim"}, each (N,).
-    With an encoder of encoders/raddino.py also "perceptual", (N,), and "fdd", one number: the Fréchet distance of
-    originals and reconstructions in its features."""
+    With an encoder of encoders/raddino.py also "perceptual", (N,), and for two images or more "fdd", one number: the
+    Fréchet distance of originals and reconstructions in its features."""
     scores, seen, device = {"psnr": [], "ssim": []}, [], next(model.parameters()).device
     for start in tqdm(range(0, len(images), batch), unit="batch", leave=False):
         x = torch.stack([images[i] for i in range(start, min(start + batch, len(images)))]).to(device)  # N 1 H W
@@ -212,7 +215,7 @@ def evaluate(model, images, encoder=None, batch=16):
             scores.setdefault("perceptual", []).append(perceptual_loss(encoder, x, y))
             seen.append([encoder(to_encoder_input(encoder, z))[0].cpu() for z in (x, y)])            # N D each
     scores = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
-    if encoder:
+    if encoder and len(images) > 1:
         real, returned = (metrics.mean_and_covariance(torch.cat(side)) for side in zip(*seen))
         scores["fdd"] = torch.tensor(metrics.frechet(*real, *returned))
     return scores

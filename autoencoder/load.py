@@ -88,7 +88,7 @@ def locate_vae(place):
     for folder in ("", "vae/"):                                      # vae/ is where FLUX.2's repository keeps it
         if file := hub.find(place, *(folder + name for name in FILES)):
             return place / folder, file
-    raise InputError(f"{place}: no VAE in it: none of {', '.join(FILES)}, nor in its folder vae")
+    raise hub.not_found(place, f"no VAE in it: none of {', '.join(FILES)}, nor in its folder vae")
 
 
 def load_vae(place):

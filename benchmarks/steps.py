@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
     parser.add_argument("--n", type=cli.positive, default=48)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=cli.number(0, 100), default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/steps"))
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m causal graph --out out/graph.png
     python -m causal fit data/nih --out runs/causal
     python -m causal check runs/causal data/nih
-    python -m causal sample runs/causal -n 1000 --do cardiomegaly=positive --out out/patients.csv
+    python -m causal sample runs/causal --n 1000 --do cardiomegaly=positive --out out/patients.csv
     python -m causal counterfactual runs/causal data/nih --do age=80 --out out/older.csv
     python -m causal cohort --balance sex,age --n 1000 --out out/cohort.csv
     python -m causal edit out/images/0000.png --given sex=male --set pleural_effusion=positive
@@ -71,7 +71,8 @@ def fit_command(args):
     hub.save_model(model, args.out, torch.float32)
     if valid.any():
         print_held_out(model, classes[valid], args.seed)
-    print(f"{config.rows:,} training rows, {args.steps} steps, seed {args.seed}: the model is in {args.out}")
+    print(f"{cli.count(config.rows, 'training row')}, {cli.count(args.steps, 'step')}, seed {args.seed}: the model is "
+          f"in {args.out}")
 
 
 def print_held_out(model, classes, seed):
@@ -81,7 +82,7 @@ def print_held_out(model, classes, seed):
     for i, name in enumerate(model.names):
         held = torch.tensor(model.config.shares[name]) > 0
         classes[~held[classes[:, i].long()], i] = -1
-    print(f"{len(classes):,} held-out rows (valid)")
+    print(f"{cli.count(len(classes), 'held-out row')} (valid)")
     patients.print_calibration(patients.calibration(model, torch.where(classes < 0, torch.nan, classes + inside)))
 
 
@@ -94,8 +95,9 @@ def check_command(args):
         records = [patients.close_world(record) for record in records]
     known = [patients.covered_part(model, record) for record in records]
     places = patients.to_places(model, known, range(len(known)))
-    print(f"{len(records):,} rows (test); {patients.count_not_covered(model, records):,} values that training never "
-          "held count as unknown")
+    print(f"{cli.count(len(records), 'row')} (test)")
+    if not_covered := patients.list_not_covered(model, records):
+        print(f"counted as unknown, because the model was not fitted on it: {not_covered}")
     patients.print_calibration(patients.calibration(model, places))
     for name, (equal, total, years) in patients.check(model, places).items():
         print(f"{name}: {equal:,} of {total:,} discrete values come back, ages within {years:.1e} years")
@@ -107,17 +109,17 @@ def sample_command(args):
     records = [{"path": f"images/{i}.png", "patient": f"synthetic-{i}", "split": "train"} | record
                for i, record in enumerate(records, args.seed)]
     cli.write_csv(args.out, COLUMNS, map(index_row, records))
-    print(f"{len(records):,} rows in {args.out}")
+    print(f"{cli.count(len(records), 'row')} in {args.out}")
 
 
 def counterfactual_command(args):
     model = patients.load(args.model)
     do, records = patients.parse_do(args.do, model), read_index(args.rows)
-    if not_covered := patients.count_not_covered(model, records):
-        print(f"{not_covered:,} values that the model's training never held count as unknown and stay as they are")
+    if not_covered := patients.list_not_covered(model, records):
+        print(f"counted as unknown and left as it is, because the model was not fitted on it: {not_covered}")
     records = patients.counterfactual(model, records, do, args.seed)
     cli.write_csv(args.out, COLUMNS, map(index_row, records))
-    print(f"{len(records):,} rows in {args.out}")
+    print(f"{cli.count(len(records), 'row')} in {args.out}")
 
 
 def add_fit_arguments(parser):
@@ -129,7 +131,8 @@ def add_fit_arguments(parser):
     parser.add_argument("--open-world", action="store_true", help="leave findings that a row does not mention unknown, "
                         "even where the table only lists what was found")
     parser.add_argument("--steps", type=cli.integer(1, 10 ** 7), default=8000, help="training steps (default: 8000)")
-    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the initial weights and the order of rows (default: "
+                        "0)")
 
 
 def add_do_arguments(parser):
@@ -139,8 +142,7 @@ def add_do_arguments(parser):
 
 
 def build_parser():
-    parser = cli.Parser(prog="python -m causal", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, function, text, description=None):
@@ -155,14 +157,14 @@ def build_parser():
     command.add_argument("--out", type=cli.new_path, help="plot it here, as PNG")
     add_fit_arguments(add("fit", fit_command, "learn the mechanisms from the split train of one or several indices"))
     command = add("check", check_command, "calibration, composition and reversibility on the split test")
-    command.add_argument("model", type=Path)
-    command.add_argument("index", type=Path)
+    command.add_argument("model", type=Path, help="the folder of a causal model, such as weights/demo/causal")
+    command.add_argument("index", type=Path, help="a prepared source, or a table like its index.csv")
     command = add("sample", sample_command, "sample whole patients")
-    command.add_argument("model", type=Path)
-    command.add_argument("-n", type=cli.integer(1, 10 ** 7), default=1000, help="how many (default: 1000)")
+    command.add_argument("model", type=Path, help="the folder of a causal model, such as weights/demo/causal")
+    command.add_argument("--n", type=cli.integer(1, 10 ** 7), default=1000, help="how many (default: 1000)")
     add_do_arguments(command)
     command = add("counterfactual", counterfactual_command, "change the rows of a table by intervention")
-    command.add_argument("model", type=Path)
+    command.add_argument("model", type=Path, help="the folder of a causal model, such as weights/demo/causal")
     command.add_argument("rows", type=Path, help="a prepared source, or a table like its index.csv")
     add_do_arguments(command)
     command = add("cohort", cohort.cohort_command, "a table of metadata for sample.py --metadata", cohort.__doc__)

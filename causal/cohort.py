@@ -166,7 +166,8 @@ def choose_records(args, cfg, given):
             raise InputError(f"--balance {args.balance} sets {', '.join(twice)} itself; --set takes other fields only")
         records, cells, left_out = balanced(names, args.n, args.seed, cfg.covered, model, pairs)
         fewest, most = args.n // len(cells), math.ceil(args.n / len(cells))
-        notes = [f"{len(cells)} combinations of {', '.join(names)}, {fewest} or {most} rows each"]
+        rows = cli.count(most, "row") if fewest == most else f"{fewest} or {cli.count(most, 'row')}"
+        notes = [f"{cli.count(len(cells), 'combination')} of {', '.join(names)}, {rows} each"]
         if left_out:
             notes.append(f"left out, because the weights or the causal model do not cover them: {', '.join(left_out)}")
         if model is None:
@@ -180,8 +181,8 @@ def choose_records(args, cfg, given):
         raise InputError(f"{args.weights}: no causal model beside these weights; name one by --causal, or give --like "
                          "or --balance")
     together = [only_together(record, names, pairs) for record in records]
-    if dropped := sum(map(len, records)) - sum(map(len, together)):
-        notes.append(f"{dropped:,} values that the training data never held together with the others stay unknown")
+    if left_out := fields.list_left_out(records, together):
+        notes.append(f"left unknown, because no training image had it together with the rest of its row: {left_out}")
     return together, notes
 
 
@@ -195,13 +196,12 @@ def cohort_command(args):
     records, changed = zip(*(fields.resolve_request(record | given) for record in records))
     notes += sorted(set(itertools.chain(*changed)))[:5]
     covered = fields.only_covered(records, cfg.covered)
-    if not_covered := sum(map(len, records)) - sum(map(len, covered)):
-        notes.append(f"{not_covered:,} of {sum(map(len, records)):,} values were not covered in the training of these "
-                     "weights and stay unknown")
+    if left_out := fields.list_left_out(records, covered):
+        notes.append(f"left unknown, because these weights were not trained on it: {left_out}")
     for note in notes:
         print(note)
     rows = []
     for seed, record in enumerate(covered, args.seed):
         rows.append([seed, *(record.get(field, "") for field in fields.FIELDS)])
     cli.write_csv(args.out, ["seed", *fields.FIELDS], rows)
-    print(f"{len(covered):,} rows in {args.out}")
+    print(f"{cli.count(len(covered), 'row')} in {args.out}")

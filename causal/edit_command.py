@@ -151,8 +151,8 @@ def format_value(value):
 def add_settings(parser):
     parser.add_argument("--weights", type=Path, default=sample.DEMO, help="a folder that holds radit/ and vae/, or its "
                         "name on the Hub (default: the demo's)")
-    parser.add_argument("--guidance", type=cli.number(-100, 100), default=2.0,
-                        help="of what changes; 1 is off (default: 2)")
+    parser.add_argument("--guidance", type=cli.number(0, 100), default=2.0,
+                        help="of what changes; 1 is off, 0 ignores the metadata (default: 2)")
     parser.add_argument("--steps", type=cli.integer(1, 1000), default=12, help="solver steps each way (default: 12)")
 
 
@@ -190,7 +190,7 @@ def read_request(args, cfg, image):
     for request in requests:
         resolved, contradictions = fields.resolve_request(given | request)
         if request and not any(resolved.get(field) == value for field, value in request.items()):
-            raise InputError(f"{contradictions[0]}: that cannot be shown together")
+            raise InputError(f"what is asked for cannot be shown together: {contradictions[0]}")
         notes += contradictions
     records = fields.only_covered([edit.act(given, request, args.causal) for request in requests], cfg.covered)
     for note in dict.fromkeys(notes):
@@ -300,9 +300,9 @@ def add_all_arguments(parser):
     parser.add_argument("--n", type=cli.integer(1, 10 ** 6), default=64, help="how many, of different patients where "
                         "there are as many (default: 64)")
     add_settings(parser)
-    parser.add_argument("--batch", type=cli.integer(1, 4096), default=16)
+    parser.add_argument("--batch", type=cli.integer(1, 4096), default=16, help="images at a time (default: 16)")
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), default=0, help="of the choice of images")
-    parser.add_argument("--out", type=cli.new_path, required=True)
+    parser.add_argument("--out", type=cli.new_path, required=True, help="a folder for both sources and edits.json")
 
 
 def same_group(record, conditions):
@@ -363,7 +363,7 @@ def edit_all_command(args):
         names = [Path(record["path"]).name for record in records]
         about = {"conditions": conditions, "change": change, "split": args.split, "names": names, **settings}
         cli.write_json(args.out / "edits.json", about)
-    print(f"{len(chosen)} images with {args.set}, and unchanged, in {args.out}")
+    print(f"{cli.count(len(chosen), 'image')} with {args.set}, and unchanged, in {args.out}")
 
 
 def metadata(record):

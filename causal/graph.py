@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
-from common.cli import InputError, read_json, whole_file
+from common.cli import InputError, count, read_json, whole_file
 from radiographs import fields
 
 DETERMINED = "no_finding"
@@ -73,7 +73,7 @@ def kind(graph, name):
 
 def print_graph(graph):
     arrows = sum(len(parents) for child, parents in graph.items() if child != DETERMINED)
-    print(f"{len(graph)} variables, {arrows} arrows")
+    print(f"{count(len(graph), 'variable')}, {count(arrows, 'arrow')}")
     for name, parents in check_graph(graph).items():
         print(f"{name:28}{kind(graph, name):12}{'<- ' + ', '.join(parents) if parents else ''}")
 
@@ -148,7 +148,7 @@ def draw_graph(graph, path):
     figure = Figure(figsize=(right - left, 1 - low))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(low, 1))
     axes.axis("off")
-    title = f"Causal graph: {len(graph)} variables, {len(curves)} arrows"
+    title = f"Causal graph: {count(len(graph), 'variable')}, {count(len(curves), 'arrow')}"
     axes.text((left + right) / 2, 0.6, title, ha="center", fontsize=15)
     parents = [name for name in graph if any(name == parent for parent, _ in curves)]
     colors = {name: matplotlib.colormaps["tab20"](i % 20) for i, name in enumerate(parents)}

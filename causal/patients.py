@@ -53,9 +53,10 @@ def covered_part(model, record):
     return {name: record[name] for name in model.names if name in record and covers(model, name, record[name])}
 
 
-def count_not_covered(model, records):
-    """How many values of the model's variables its training data never held."""
-    return sum(name in record and not covers(model, name, record[name]) for record in records for name in model.names)
+def list_not_covered(model, records):
+    """In words, the values of the model's variables that its training data never held; see fields.list_left_out."""
+    mine = [{name: record[name] for name in model.names if name in record} for record in records]
+    return fields.list_left_out(mine, [covered_part(model, record) for record in mine])
 
 
 def check_value(model, name, value):
@@ -222,7 +223,9 @@ def calibration(model, places):
 def print_calibration(table):
     print(f"{'variable':28}{'rows':>9}   log p, marginal   mechanism   noise from N(0, 1)")
     for name, n, marginal, mechanism, distance in table:
-        print(f"{name:28}{n:9,}{marginal:18.4f}{mechanism:12.4f}{distance:21.4f}")
+        print(f"{name:28}{n:9,}{marginal:18.4f}{mechanism:12.4f}" + (f"{distance:21.4f}" if n > 1 else f"{'-':>21}"))
+    if any(n < 2 for _, n, *_ in table):
+        print("-: how noise is distributed shows in two rows or more")
 
 
 def agreement(model, a, b, which):

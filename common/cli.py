@@ -21,6 +21,11 @@ import safetensors
 import torch
 
 
+def count(number, noun, plural=None):
+    """A number and what it counts, with the noun in its number: "1 image", "1,000 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def one_line(text):
     """The text with line breaks and control characters, which the name of a file or a column may hold, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -61,6 +66,9 @@ def program_name():
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**{"prog": program_name(), **options})      # for a folder argparse would write __main__.py
+
     def error(self, message):  # argparse prints its usage first, which buries the line that says what is wrong
         self.exit(2, f"{program_name()}: error: {one_line(message)}\n")
 
@@ -169,7 +177,11 @@ def locked(folder):
     """Makes `folder` and locks it for this process: two commands that fill one folder would mix their files. The system
     releases the lock when the process ends, however it ends. The folder itself is locked, so no lock file is left."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder}: a file is in the place of this folder; name a folder, new or of the same "
+                         "command") from None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,14 +29,10 @@ def find(place, *names):
     for name in names:
         if (place / name).is_file():
             return place / name
-    # A name on the Hub has two parts, ORG/NAME. A path whose first folder exists here is a mistyped local path, and so
-    # is one of more parts, unless the first two name a repository that was downloaded before. The Hub is not asked.
-    if len(place.parts) < 2 or Path(place.parts[0]).exists():
+    repository, revision = repository_of(place)
+    if not repository:
         return None
-    repository, _, revision = "/".join(place.parts[:2]).partition("@")
-    if len(place.parts) > 2 and not in_cache(repository):
-        return None
-    at = {"revision": revision or None}
+    at = {"revision": revision}
     for name in names:
         file = "/".join([*place.parts[2:], name])
         try:
@@ -57,9 +53,32 @@ def find(place, *names):
     return None
 
 
+def repository_of(place):
+    """ORG/NAME and the revision, or None, of a place on the Hub; (None, None) for a local path.
+
+    A name on the Hub has two parts. A path whose first folder exists here is a mistyped local path, and so is one of
+    more parts, unless the first two name a repository that was downloaded before: the Hub is not asked for these.
+    """
+    parts = Path(place).parts
+    if len(parts) < 2 or Path(parts[0]).exists():
+        return None, None
+    repository, _, revision = "/".join(parts[:2]).partition("@")
+    if len(parts) > 2 and not in_cache(repository):
+        return None, None
+    return repository, revision or None
+
+
 def in_cache(repository):
     """Whether huggingface_hub's cache holds files of ORG/NAME."""
     return (Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}").is_dir()
+
+
+def not_found(place, text):
+    """The InputError for a place in which `find` did not find what is needed: that there is no such folder, or `text`,
+    which says what is missing."""
+    if not Path(place).exists() and repository_of(place) == (None, None):
+        return InputError(f"{place}: no such folder here")
+    return InputError(f"{place}: {text}")
 
 
 def save_model(model, folder, dtype=torch.bfloat16):
@@ -86,7 +105,9 @@ def load_model(build, config_class, folder):
     config_file, weights = find(folder, "config.json"), find(folder, "model.safetensors")
     for name, file in (("config.json", config_file), ("model.safetensors", weights)):
         if not file:
-            raise InputError(f"{folder}: no {name}; a model is a folder with config.json and model.safetensors")
+            models = [str(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
+            hint = f"; models in it: {', '.join(models)}" if models else ""
+            raise not_found(folder, f"no {name}; a model is a folder with config.json and model.safetensors{hint}")
     values = read_json(config_file)
     known = {field.name for field in dataclasses.fields(config_class)}
     if wrong := (set(values) - known) | (known - set(values) - keys_that_may_be_missing(config_class)):

@@ -11,7 +11,7 @@ import io
 import zlib
 from pathlib import Path
 
-from common.cli import InputError
+from common.cli import InputError, count
 
 MAX_LINE = 2 ** 24  # characters; a longer line is refused, so that no file can fill the memory
 
@@ -63,7 +63,7 @@ def checked(cells, header):
     """The cells of a row. Every column with a name must have one, and cells beyond the first line's must be empty."""
     missing, extra = header[len(cells):], cells[len(header):]
     if any(missing) or any(cell.strip() for cell in extra):
-        raise Malformed(f"{len(cells)} cells, where the first line names {len(header)}")
+        raise Malformed(f"{count(len(cells), 'cell')}, where the first line names {len(header)}")
     return cells
 
 

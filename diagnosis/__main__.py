@@ -28,6 +28,8 @@ from radiographs import fields
 from radiographs.index import SPLITS
 from train import TrainConfig
 
+MODEL = "a classifier: a folder that fit wrote, or its name on the Hub"
+
 
 def training_settings(args):
     """TrainConfig, and the EncoderConfig of a model from scratch."""
@@ -111,18 +113,18 @@ def add_training_arguments(parser):
     parser.add_argument("--out", type=cli.new_path, required=True, help="the run's folder; the same command continues "
                         "it")
     parser.add_argument("--images", type=cli.positive, default=131_072, help="how many to see in training")
-    parser.add_argument("--batch", type=cli.integer(1, 65_536), default=32)
-    parser.add_argument("--lr", type=cli.number(1e-12, 1), default=5e-4)
-    parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), default=0)
+    parser.add_argument("--batch", type=cli.integer(1, 65_536), default=32, help="images in each step")
+    parser.add_argument("--lr", type=cli.number(1e-12, 1), default=5e-4, help="AdamW's learning rate after the warm-up")
+    parser.add_argument("--seed", type=cli.integer(0, 2 ** 61), default=0, help="of the initial weights and the order "
+                        "of images")
     parser.add_argument("--width", type=cli.integer(64, 4096), default=192, help="of a model from scratch, a multiple "
                         "of 64")
-    parser.add_argument("--depth", type=cli.integer(1, 64), default=6)
-    parser.add_argument("--patch", type=cli.integer(1, 64), default=8, help="pixels a token on each side")
+    parser.add_argument("--depth", type=cli.integer(1, 64), default=6, help="blocks of a model from scratch")
+    parser.add_argument("--patch", type=cli.integer(1, 64), default=8, help="side of a token in pixels")
 
 
 def build_parser():
-    parser = cli.Parser(prog="python -m diagnosis", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, function, text, sources=True):
@@ -146,11 +148,11 @@ def build_parser():
                                  ("robustness", robustness_command, "the same in subgroups"),
                                  ("control", evaluate_command, "whether sampled images show what was asked")):
         command = add(name, function, text)
-        command.add_argument("--model", type=Path, default=classifier.DEMO)
+        command.add_argument("--model", type=Path, default=classifier.DEMO, help=MODEL)
         command.set_defaults(split=None)
         if name != "control":
-            command.add_argument("--split", choices=SPLITS, default="test")
-    commands.choices["robustness"].add_argument("--by", nargs="+", choices=fields.GROUPS,
+            command.add_argument("--split", choices=SPLITS, default="test", help="which images")
+    commands.choices["robustness"].add_argument("--by", nargs="+", choices=fields.GROUPS, help="kinds of subgroups",
                                                 default=["sex", "age", "view", "dataset"])
     command = add("check", check_command, "which sampled images the model contradicts; make those anew", sources=False)
     command.add_argument("folder", type=Path, help="a folder of sample.py")
@@ -158,7 +160,7 @@ def build_parser():
                          "ones made anew with other seeds")
     command.add_argument("--out", type=cli.new_path, help="of --redraw: the new folder; FOLDER-checked, if not given")
     command.add_argument("--weights", type=Path, default=sample.DEMO, help="of --redraw: those that filled the folder")
-    command.add_argument("--model", type=Path, default=classifier.DEMO)
+    command.add_argument("--model", type=Path, default=classifier.DEMO, help=MODEL)
     command = add("stress", stress_command, "what edited images say of the model's use in another group", sources=False)
     command.add_argument("edits", nargs="+", type=Path, help="folders of python -m causal edit-all")
     command.add_argument("--data", nargs="+", type=Path, required=True, help="the prepared sources that were edited")

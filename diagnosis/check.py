@@ -19,7 +19,7 @@ import numpy as np
 import data
 import sample
 from common import cli, hub
-from common.cli import InputError
+from common.cli import InputError, count
 from common.tables import read_table
 from diagnosis import classifier
 from radiographs import fields
@@ -157,7 +157,7 @@ def check(folder, model_folder, weights, out):
 
 
 def print_report(report, folder, out):
-    print(f"{folder}: the classifier contradicts {report['contradicted']:,} of {report['images']:,} images")
+    print(f"{folder}: the classifier contradicts {report['contradicted']:,} of {count(report['images'], 'image')}")
     print(f"{'field':30}{'asked':>8}{'contradicted':>14}")
     for field, counts in report["fields"].items():
         print(f"{field:30}{counts['asked']:8,}{counts['contradicted']:14,}")
@@ -166,5 +166,6 @@ def print_report(report, folder, out):
     if len(report["contradictions"]) > 20:
         print(f"  and {len(report['contradictions']) - 20:,} more; --json lists all")
     if out:
-        print(f"{out}: {report['made_anew']:,} images made anew, {report['still_contradicted']:,} still contradicted "
-              f"after {TRIES} tries and left as they were. A selection: metrics of it say nothing of the weights.")
+        print(f"{out}: {count(report['made_anew'], 'image')} made anew, {report['still_contradicted']:,} still "
+              f"contradicted after {TRIES} tries and left as they were. A selection: metrics of it say nothing of the "
+              "weights.")

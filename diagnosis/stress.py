@@ -31,7 +31,7 @@ import torch
 
 import data
 from common import cli
-from common.cli import InputError
+from common.cli import InputError, count
 from diagnosis import classifier
 from diagnosis.classifier import FEW, auroc, images_by_patient, resample
 from radiographs import fields
@@ -231,7 +231,8 @@ def stress(models, edits, folders):
 def print_report(report):
     field, value = next(iter(report["change"].items()))
     print(f"{report['images']} edited images, {report['other_images']} real ones of the other group ({field}={value}), "
-          f"{len(report['findings'])} findings, {len(report['models'])} models, split {report['split']}")
+          f"{count(len(report['findings']), 'finding')}, {count(len(report['models']), 'model')}, "
+          f"split {report['split']}")
     print(f"{'change':16}{'RMS':>7}{'moved':>8}{'error':>8}{'95 % interval':>18}{'ranking':>9}{'95 % interval':>18}")
     for row in report["rows"]:
         text = f"{row['change']:16}{row['rms']:7.1f}{row['moved']:8.3f}"

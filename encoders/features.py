@@ -185,5 +185,5 @@ def set_of(places, encoder, fingerprint, split=None, squeezed=False, choose=lamb
         records += found
     if len(records) < 2:
         where = ", ".join(map(str, places)) + (f", split {split}" if split else "")
-        raise InputError(f"{where}: {len(records)} images; at least two are needed")
+        raise InputError(f"{where}: {cli.count(len(records), 'image')}; at least two are needed")
     return records, torch.cat(features)

@@ -228,7 +228,7 @@ def load_encoder(folder):
     """
     files = [hub.find(folder, name) for name in ("config.json", "model.safetensors")]
     if not all(files):
-        raise InputError(f"{folder}: an encoder is a folder with config.json and model.safetensors, here or on the Hub")
+        raise hub.not_found(folder, "an encoder is a folder with config.json and model.safetensors, here or on the Hub")
     try:
         config = cli.read_json(files[0])
         state = safetensors.torch.load_file(files[1])

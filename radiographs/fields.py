@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from common.cli import InputError
+from common.cli import InputError, count
 
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
           "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
@@ -30,6 +30,7 @@ def drop_unknown(record):
 
 
 DATASETS = ("MIMIC-CXR", "ReXGradient", "CheXpert-Plus", "PadChest", "ChestX-ray14", "BRAX", "VinDr-CXR")
+SOURCES = dict(zip(("mimic", "rexgradient", "chexpert", "padchest", "nih", "brax", "vindr"), DATASETS))  # of data.py
 FINDINGS = {field_of(label): label for label in LABELS}  # field name -> column name
 
 # Every field but age, with its values; code k in a tensor is values[k - 1], and 0 is unknown.
@@ -62,7 +63,8 @@ def parse_value(field, text, datasets=DATASETS):
     for value in values:
         if text.lower() == value.lower() or (field == "sex" and text.lower() == value[0]):
             return value
-    raise InputError(f"unknown value {text!r} for {field}; accepted: {', '.join(values)} or unknown")
+    hint = f" (the source {text} is the data set {SOURCES[text]})" if SOURCES.get(text) in values else ""
+    raise InputError(f"unknown value {text!r} for {field}; accepted: {', '.join(values)} or unknown{hint}")
 
 
 def parse_items(items, flag, datasets=DATASETS):
@@ -109,7 +111,8 @@ def why_not_covered(field, value, covered):
     if field == "age":
         low, high = covered["age"]
         if not low <= value <= high:
-            return f"age {value:g} was not covered by the training data of these weights: {low:g} to {high:g}"
+            return (f"age {value:g} was not covered by the training data of these weights; "
+                    f"covered: {low:g} to {high:g}")
         return None
     if value not in covered[field]:
         return (f"{field}={value} was not covered by the training data of these weights; "
@@ -128,6 +131,19 @@ def only_covered(records, covered):
     """The records without what the training data never held, which the model can only be asked for as unknown."""
     return [{field: value for field, value in record.items() if not why_not_covered(field, value, covered)}
             for record in records]
+
+
+def list_left_out(records, kept, most=5):
+    """The values that the records hold and `kept`, the same records with less in them, does not: "race=white in 2 rows,
+    age=90 in 1 row", the most frequent first, at most `most` of them; empty if nothing is left out."""
+    left = collections.Counter()
+    for record, part in zip(records, kept):
+        left.update(f"{field}={value:g}" if field == "age" else f"{field}={value}"
+                    for field, value in record.items() if field not in part)
+    words = [f"{item} in {count(times, 'row')}" for item, times in left.most_common(most)]
+    if len(left) > most:
+        words.append(f"and {count(len(left) - most, 'other value')}")
+    return ", ".join(words)
 
 
 # A consolidated lung is opaque and a large heart widens the mediastinum: CheXpert's labels are a tree with two parents.
@@ -165,7 +181,7 @@ def resolve_request(record):
     resolved = {field: value for field, value in resolve_labels(record).items() if field in record}
     findings = [f"{field}=positive" for field in FINDINGS if record.get(field) == "positive"
                 and field not in ("no_finding", "support_devices")]
-    notes = [f"{field}={value} contradicts {', '.join(findings)} and is taken as {resolved.get(field, 'unknown')}"
+    notes = [f"{field}={value} contradicts {', '.join(findings)}, so {field} becomes {resolved.get(field, 'unknown')}"
              for field, value in record.items() if resolved.get(field) != value]
     return resolved, notes
 
@@ -193,10 +209,10 @@ def count_pairs(records):
     """How many records hold two values together, ages in bands: {"sex=female": {"view=PA": 12, ...}, ...}, the value
     of the field that comes first in FIELDS outside. A pair that no record holds is absent."""
     rows, pairs = collections.Counter(tuple(groups_of(record, FIELDS)) for record in records), {}
-    for values, count in rows.items():
+    for values, times in rows.items():
         for a, b in itertools.combinations(values, 2):
             together = pairs.setdefault(a, {})
-            together[b] = together.get(b, 0) + count
+            together[b] = together.get(b, 0) + times
     return pairs
 
 

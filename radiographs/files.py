@@ -69,7 +69,8 @@ class Download:
         for pattern in patterns:
             if found := self.tables(pattern):
                 return found[-1]
-        raise InputError(f"{self.root}: no {' or '.join(patterns)}, as such or with .gz, in it or below it")
+        raise InputError(f"{self.root}: no {' or '.join(patterns)}, as such or with .gz, in it or below it; images of "
+                         "your own are the source folder (python data.py prepare folder ...)")
 
     def images(self, relative, parts=1):
         """The images that the last `parts` parts of a path identify: of several those that agree with it in most parts,

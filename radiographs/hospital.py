@@ -11,6 +11,7 @@ A 1 means the opposite in the other, so a table in which no 2 occurs is not gues
 
 Identifiers: file names and patients are replaced by a keyed hash, whose key lies beside the output, not in it.
 """
+import difflib
 import hmac
 import os
 import secrets
@@ -63,9 +64,14 @@ def columns_of(row):
 
 
 def unread_columns(table):
-    """The columns that are left aside, for the user to see a misspelt one."""
+    """The columns that are left aside, and a warning for each whose name is nearly an accepted one."""
     row = next(read_table(table), {})
-    return [column for column in row if column not in columns_of(row)]
+    unread, warnings = [column for column in row if column not in columns_of(row)], []
+    for column in unread:
+        for near in difflib.get_close_matches(column.lower().replace(" ", "_"), COLUMNS, n=1, cutoff=0.8):
+            warnings.append(f"{table}: the column {column!r} is not read; did you mean {near}? Accepted are "
+                            f"{', '.join(COLUMNS)}")
+    return unread, warnings
 
 
 def read_row(row, columns, coding, root):

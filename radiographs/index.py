@@ -29,7 +29,8 @@ def index_records(root):
     root = Path(root)
     table, root = (root, root.parent) if root.is_file() else (root / "index.csv", root)
     if not table.exists():
-        raise InputError(f"{root}: no index.csv, so this is not a prepared source (see python data.py prepare)")
+        what = "no index.csv in it, so this is not a prepared source" if root.is_dir() else "no such folder"
+        raise InputError(f"{root}: {what} (python data.py prepare makes prepared sources)")
     inside = root.resolve()
     for row in read_table(table):
         if missing := [column for column in COLUMNS if column not in row]:
@@ -82,7 +83,11 @@ def read_rows(path, datasets, covered):
     column."""
     if not path.is_file():
         raise InputError(f"--metadata {path}: no such file")
-    rows = list(read_table(path))
+    try:
+        rows = list(read_table(path))
+    except InputError as error:
+        raise InputError(f"--metadata {error}; accepted is a CSV with the columns of a metadata.csv or an "
+                         "index.csv") from None
     if not rows:
         raise InputError(f"{path}: no rows; the first line names columns, every other describes an image")
     if "ImagePath" in rows[0]:

@@ -10,8 +10,7 @@ from share import publish, serve
 
 
 def main():
-    parser = cli.Parser(prog="python -m share", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     serve.add_arguments(commands.add_parser("serve", help="a page to sample on, at 127.0.0.1"))
     publish.add_arguments(commands.add_parser("push", help="publish weights and a model card on the Hugging Face Hub"))

@@ -229,7 +229,7 @@ def licence_name(text):
 def add_arguments(parser):
     parser.add_argument("weights", type=cli.new_path,
                         help="a folder that holds radit/ and vae/, or a run of train.py")
-    parser.add_argument("repository", metavar="ORG/NAME")
+    parser.add_argument("repository", metavar="ORG/NAME", help="the repository on the Hub; made if it does not exist")
     parser.add_argument("--metrics", type=cli.new_path, metavar="FILE.json", help="written by metrics.py --json")
     parser.add_argument("--license", type=licence_name,
                         help="the Hub's name of the weights' licence, such as cc-by-4.0; other, if not given")

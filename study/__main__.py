@@ -27,40 +27,44 @@ def add_build(commands):
     parser.add_argument("--design", choices=("pairs", "single"), default="pairs",
                         help="two images side by side, or one image and a rating")
     parser.add_argument("--pairs", type=cli.integer(1, 100_000), default=50,
-                        help="as many real images as synthetic ones")
+                        help="as many real images as synthetic ones; 50 if not given")
     parser.add_argument("--presentations", type=cli.integer(1, score.MAX_PRESENTATIONS),
                         help="how often each reader answers everything: 2 by default, 1 for a quiz")
     parser.add_argument("--margin", type=margin, default=0.1, help="accuracy within this of 1/2 will count as chance")
     parser.add_argument("--seed", type=cli.integer(0, 2 ** 62), default=0, help="decides which images are chosen")
     parser.add_argument("--quiz", action="store_true",
                         help="a game that tells each answer; its page holds the answers")
-    parser.add_argument("--out", type=cli.new_path, default=Path("out/study.html"))
+    parser.add_argument("--out", type=cli.new_path, default=Path("out/study.html"),
+                        help="the page; out/study.html if not given. The key lies beside it, as NAME.key.json")
 
 
 def add_score(commands):
     parser = commands.add_parser("score", help="the readers' results to a table, a figure and JSON")
-    parser.add_argument("results", nargs="+", type=cli.new_path)
+    parser.add_argument("results", nargs="+", type=cli.new_path, help="the files that the readers sent back")
     parser.add_argument("--key", type=cli.new_path, required=True, help="the .key.json of the study")
     parser.add_argument("--out", type=cli.new_path, default=Path("out/score"),
-                        help="name without suffix: .txt, .png and .json are written")
+                        help="name without suffix: .txt, .png and .json are written; out/score if not given")
 
 
 def add_power(commands):
     parser = commands.add_parser("power", help="what a planned study could show")
-    parser.add_argument("--readers", type=cli.integer(1, 1_000), default=3)
-    parser.add_argument("--pairs", type=cli.integer(2, 100_000), default=50)
-    parser.add_argument("--margin", type=margin, default=0.1)
-    parser.add_argument("--design", choices=("pairs", "single"), default="pairs")
+    parser.add_argument("--readers", type=cli.integer(1, 1_000), default=3, help="how many readers; 3 if not given")
+    parser.add_argument("--pairs", type=cli.integer(2, 100_000), default=50,
+                        help="pairs of a real and a synthetic image; 50 if not given")
+    parser.add_argument("--margin", type=margin, default=0.1,
+                        help="accuracy within this of 1/2 counts as chance; 0.1 if not given")
+    parser.add_argument("--design", choices=("pairs", "single"), default="pairs",
+                        help="two images side by side, or one image and a rating; pairs if not given")
 
 
 def add_example(commands):
     parser = commands.add_parser("example", help="the table and the figure for simulated readers")
-    parser.add_argument("--out", type=cli.new_path, default=Path("out/example"), help="name without suffix")
+    parser.add_argument("--out", type=cli.new_path, default=Path("out/example"),
+                        help="name without suffix; out/example if not given")
 
 
 def main():
-    parser = cli.Parser(prog="python -m study", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_build, add_score, add_power, add_example):
         add(commands)

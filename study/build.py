@@ -147,8 +147,8 @@ def check_sides(pairs):
             swapped = "" if any(marked) else "; are --real and --synthetic the wrong way round?"
             raise InputError(f"--real: {real['path']} says in its header that it is synthetic{swapped}")
     if not all(marked):
-        print(f"note: {marked.count(False)} of {len(marked)} images of --synthetic do not say in their header that "
-              "they are synthetic, so make sure that they are")
+        print(f"note: of {cli.count(len(marked), 'image')} of --synthetic, {marked.count(False)} without a mark in the "
+              "header that says so; make sure that they are synthetic")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def build(real, synthetic, out, design="pairs", pairs=50, presentations=None, ma
                          "give another --out")
     cli.write_json(key_path, key)
     write_page(out, study, images, key)
-    size, times = study["size"], f"{presentations} presentation{'s' * (presentations > 1)}"
-    print(f"{out}: {len(study['questions'])} questions in {times}, images of {size}x{size}, "
+    size, times = study["size"], cli.count(presentations, "presentation")
+    print(f"{out}: {cli.count(len(study['questions']), 'question')} in {times}, images of {size}x{size}, "
           f"{out.stat().st_size / 1e6:.1f} MB; for the readers")
     print(f"{key_path}: the answers; not for readers" + (" (the page of a quiz holds them too)" if quiz else ""))
     if max(sides.values()) > size:
@@ -220,9 +220,9 @@ def build(real, synthetic, out, design="pairs", pairs=50, presentations=None, ma
 def print_power(readers, pairs, margin, design):
     """A table of what a planned study of one presentation would show, for several true accuracies of its readers."""
     n = pairs * (2 if design == "single" else 1)
-    kappas = (0, 0.2, 0.4)
+    kappas, together = (0, 0.2, 0.4), f"{cli.count(readers, 'reader')} together equivalent to chance,"
     print(f"The chance that a study of {pairs} pairs ({n} answers of each reader), margin {margin:g}, shows\n")
-    print(f"{'':>14}{'one reader':>26}{f'{readers} together equivalent to chance,':>46}")
+    print(f"{'':>14}{'one reader':>26}{together:>46}")
     print(f"{'true accuracy':>14}{'equivalent':>13}{'different':>13}"
           + "".join(f"{f'if their kappa is {kappa:g}':>24}" for kappa in kappas))
     for accuracy in (0.5, 0.52, 0.55, 0.6, 0.7):

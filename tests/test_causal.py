@@ -415,7 +415,7 @@ def test_values_that_the_model_does_not_cover_are_unknown_to_it_and_stay(small):
     for do in ({"race": "black"}, {"cardiomegaly": "positive"}):
         known, unknown = (patients.counterfactual(small, [r], do)[0] for r in (record, without))
         assert known == {"age": 118.0, "dataset": "kermany"} | unknown
-    assert patients.count_not_covered(small, [record, without]) == 1   # the model has no dataset
+    assert patients.list_not_covered(small, [record, without]) == "age=118 in 1 row"  # it has no dataset
 
 
 def test_a_row_has_one_counterfactual_in_any_batch(small):
@@ -501,7 +501,7 @@ def test_the_commands_work_together(files, tmp_path, command):
                                      "--out", tmp_path / "mine")
     assert status == 0 and "20/20" in errors and "100 held-out rows" in output and "cardiomegaly" in output
     assert command("causal", "check", tmp_path / "mine", files / "source")[1].count("come back") == 2
-    status, output, errors = command("causal", "sample", files / "model", "-n", 30, "--do", "cardiomegaly=positive",
+    status, output, errors = command("causal", "sample", files / "model", "--n", 30, "--do", "cardiomegaly=positive",
                                      "--out", tmp_path / "drawn.csv")
     assert status == 0, errors
     drawn = read_index(tmp_path / "drawn.csv")
@@ -524,7 +524,7 @@ def test_graph_prints_writes_and_draws(tmp_path, command):
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     assert command("causal", "graph", "--out", "/dev/null")[0] == 2  # a device is not written over
     (tmp_path / "mine.json").write_text('{"age": [], "edema": ["age"]}')
-    assert "2 variables, 1 arrows" in command("causal", "graph", "--graph", tmp_path / "mine.json")[1]
+    assert "2 variables, 1 arrow\n" in command("causal", "graph", "--graph", tmp_path / "mine.json")[1]
 
 
 @pytest.mark.parametrize("draw", [GRAPH, *(random_model(seed).config.graph for seed in range(3))], ids=str)

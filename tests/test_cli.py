@@ -1,6 +1,7 @@
 """What every command shares: values of options, files written whole, locked folders, exit statuses, threads."""
 import argparse
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -112,6 +113,42 @@ with cli.locked({str(tmp_path / 'out')!r}):
         assert not list(folder.iterdir())
     with cli.locked(tmp_path / "out"):                               # and when a block ends
         pass
+
+
+def test_counts_have_the_noun_in_its_number():
+    assert [cli.count(n, "image") for n in (0, 1, 2, 1000)] == ["0 images", "1 image", "2 images", "1,000 images"]
+    assert cli.count(2, "index", "indices") == "2 indices"
+
+
+def parsers(monkeypatch, name):
+    """The parser of a command and of all its subcommands."""
+    found = []
+
+    def parse_args(self, *_):
+        found.append(self)
+        raise SystemExit(0)
+
+    module = importlib.import_module(name)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(sys, "argv", [module.__file__])
+        module.main()
+    for parser in found:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += action.choices.values()
+    return found
+
+
+@pytest.mark.parametrize("name", ["data", "train", "sample", "metrics", *(
+    f"{path.parent.name}.__main__" for path in sorted(ROOT.glob("*/__main__.py")))])
+def test_help_explains_every_option_and_names_the_command_as_it_is_called(monkeypatch, name):
+    called = f"python -m {name.removesuffix('.__main__')}" if "." in name else f"{name}.py"
+    for parser in parsers(monkeypatch, name):
+        assert parser.prog.startswith(called) and parser.format_usage().startswith(f"usage: {called}")
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (parser.prog, action.dest)
+            assert "-n" not in action.option_strings or action.option_strings[0] == "--n"
 
 
 def test_new_folders_are_numbered(tmp_path, monkeypatch):

@@ -38,7 +38,13 @@ def test_a_table_in_the_words_of_sample_py(root, capsys):
         "dataset": "root", "age": 30, "sex": "female", "view": "PA", "edema": "positive", "no_finding": "negative"}
     assert set(records[40]) == {"dataset", "age", "path", "patient", "split"}
     output = capsys.readouterr().out
-    assert "3 rows, of which 2 found their file" in output and "columns that are not read: ward" in output
+    assert "3 rows, 2 of them with a file below" in output and "columns that are not read: ward" in output
+
+
+def test_a_column_whose_name_is_nearly_a_field_s_is_a_warning(root, capsys):
+    prepare(root, "file,Cardiomegly,ward\na/1.png,positive,7\n")
+    warning, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "the column 'Cardiomegly' is not read; did you mean cardiomegaly? Accepted are age, sex" in warning
 
 
 @pytest.mark.parametrize("text, path", [

@@ -471,13 +471,14 @@ def empty(folder):
 
 @pytest.mark.parametrize("spoil, message", [
     (empty, "neither an index.csv nor an image"),
-    (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[1:]], "1 images; at least two are needed"),
+    (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[1:]], "1 image; at least two are needed"),
     (lambda folder: (folder / "002.png").write_bytes(b"not an image"), "002.png: not an image"),
     (lambda folder: (folder / "002.png").write_bytes((folder / "001.png").read_bytes()[:200]),
      "002.png: "),
     (lambda folder: [shutil.copy(folder / "000.png", path) for path in sorted(folder.iterdir())[1:]],
      "are they all the same image"),
-    (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[4:]], "4 images have no 5-th neighbour"),
+    (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[4:]],
+     "among 4 images there is no 5-th neighbour"),
     (lambda folder: shutil.rmtree(folder), "no such folder")])
 def test_bad_images_are_refused_in_one_line(tmp_path, command, encoder, spoil, message):
     real, fake = pictures(tmp_path / "real", 8, 0), pictures(tmp_path / "fake", 8, 1)

@@ -1,4 +1,5 @@
 """Every command of every README runs, on small data and for few images, in one workspace, in the order of reading."""
+import functools
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import train
 from radiographs import pixels
 
 README = (ROOT / "README.md").read_text()
@@ -63,7 +65,9 @@ def workspace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", list(parameters()))
-def test_a_command_runs(workspace, command, words):
+def test_a_command_runs(workspace, command, words, monkeypatch):
+    few_steps = functools.partial(train.sample.generate, steps=2)    # of a training's previews
+    monkeypatch.setattr(train.sample, "generate", few_steps)
     name, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     start = [*words[:words.index(name) + 1], *arguments[:1]]
     smaller = SMALLER.get(" ".join(start), SMALLER.get(name, []))

@@ -161,8 +161,8 @@ def test_a_table_is_sampled_row_by_row_and_the_folder_is_a_prepared_source(weigh
     (["--n", "99999999999999999999"], "from 1 to 1,000,000"), (["--batch", "99999999999999999999"], "from 1 to 4,096"),
     (["--seed", "-1"], "--seed: '-1' is not a whole number from 0"), (["--seed", str(2 ** 63)], "not a whole number"),
     (["--steps", "many"], "--steps: 'many' is not a whole number"), (["--solver", "rk4"], "'euler', 'heun'"),
-    (["--guidance", "nan"], "--guidance: 'nan' is not a number from -100 to 100"),
-    (["--guidance", "1e38"], "from -100 to 100"),
+    (["--guidance", "nan"], "--guidance: 'nan' is not a number from 0 to 100"),
+    (["--guidance", "1e38"], "from 0 to 100"), (["--guidance=-1"], "'-1' is not a number from 0 to 100"),
     (["--guidance", "1", "--guidance-interval", "0", ".5"], "--guidance 1 is off"),
     (["--sex", ""], "--sex is empty"), (["--out", ""], "an empty path"), (["--set", "sex="], "no value for sex"),
     (["--set", ""], "not of the form FIELD=VALUE"), (["--sex", "male", "--set", "sex=female"], "sex is given twice"),
@@ -173,10 +173,16 @@ def test_a_table_is_sampled_row_by_row_and_the_folder_is_a_prepared_source(weigh
     (["--dataset", "elsewhere"], "accepted: MIMIC-CXR"),
     (["--view", "LATERAL"], "view=LATERAL was not covered by the training data of these weights; covered: PA"),
     (["--race", "white"], "says nothing of race"), (["--age", "90"], "age 90 was not covered"),
-    (["--weights", "nowhere"], "nowhere: no radit/ in it"), (["--out", "file/out"], "file/out: Not a directory"),
-    (["--weights", ""], "no radit/ in it"), (["--out", "file"], "file: File exists")])
+    (["--weights", "nowhere"], "nowhere: no such folder here"),
+    (["--out", "file/out"], "file/out: a file is in the place of this folder"),
+    (["--weights", ""], "no radit/ in it"), (["--out", "file"], "file: a file is in the place of this folder; name a "),
+    (["--weights", "{weights}/radit"], "no radit/ in it; name {weights}, which holds it"),
+    (["--weights", "{weights}/radlt"], "radlt: no such folder here"),
+    (["--metadata", "file"], "accepted is a CSV with the columns of a metadata.csv"),
+    (["--dataset", "nih"], "accepted: MIMIC-CXR"), (["--dataset", "nih"], "source nih is the data set ChestX-ray14")])
 def test_bad_input_is_one_line_and_nothing_is_written(weights, tmp_path, command, arguments, message):
-    (tmp_path / "file").write_text("a file where the output should go")
+    (tmp_path / "file").write_text("a file, where the output should go\n\nand no table\n")
+    arguments, message = [text.format(weights=weights) for text in arguments], message.format(weights=weights)
     status, _, errors = command("sample.py", "--weights", weights, "--n", 1, "--steps", 1, *arguments, cwd=tmp_path)
     assert status == 2 and message in errors.splitlines()[-1]
     assert len(errors.splitlines()) == 1
@@ -351,7 +357,7 @@ def test_a_sample_s_own_table_draws_the_same_sample(weights, tmp_path, monkeypat
 def test_wishes_that_contradict_each_other_go_through_the_label_policy(tmp_path, monkeypatch):
     covered = {field: {"negative": 1, "positive": 1} for field in ("no_finding", "pneumonia")}
     config = radit.RadiTConfig(covered=covered)
-    note = "no_finding=positive contradicts pneumonia=positive and is taken as negative"
+    note = "no_finding=positive contradicts pneumonia=positive, so no_finding becomes negative"
     (tmp_path / "t.csv").write_text("seed,pneumonia\n7,positive\n")
     for more, n in ((["--set", "pneumonia=positive", "--n", "2"], 2), (["--metadata", str(tmp_path / "t.csv")], 1)):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--set", "no_finding=positive", *more])

@@ -291,7 +291,7 @@ def test_a_request_that_contradicts_itself_goes_through_the_label_policy(server,
     Slow(monkeypatch).go.release()
     metadata = {"no_finding": "positive", "pneumonia": "positive", "sex": "male"}
     told = events(request(server, form=FORM | {"n": 1, "metadata": metadata})[2])
-    note = "no_finding=positive contradicts pneumonia=positive and is taken as negative"
+    note = "no_finding=positive contradicts pneumonia=positive, so no_finding becomes negative"
     assert told[0] == {"note": note}
     assert told[-1]["metadata"] == {"no_finding": "negative", "pneumonia": "positive", "sex": "male"}
 

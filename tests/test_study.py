@@ -229,7 +229,7 @@ def test_any_folder_of_images_with_subfolders_and_dicom(folders, tmp_path, capsy
             assert views[key["files"][real_name]] == ["AP", "PA"][int(path[-1]) % 2]
     said = capsys.readouterr().out
     assert ("views of one side are not known" in said) == (kind == "jpg")
-    assert ("do not say in their header" in said) == (kind == "jpg")
+    assert ("without a mark in the header" in said) == (kind == "jpg")
     _, _, key = make(scatter(tmp_path / "real", True, "jpg"), synthetic, tmp_path / "other.html", "--pairs", 8)
     said = capsys.readouterr().out
     assert "real has no index.csv, so whether a model was trained on these images is not known" in said

@@ -53,7 +53,7 @@ CUT = gzip.compress("".join(f"secret{i},{i * 7919}\n" for i in range(5000)).enco
     (CUT, "compressed file that is damaged or cut short"),
     (gzip.compress(b"a,b\nsecret,2\n", mtime=0)[:-1], "cut short"), (b"\x1f\x8bsecret", "damaged"),
     (b"<!DOCTYPE html>\n<title>secret</title>", "a web page, not a table"), (b"PK\x03\x04secret", "an Excel workbook"),
-    (b"a,b\n1,2\nsecret\n", "line 3: 1 cells, where the first line names 2"), (b"a,b\n1,2,secret\n", "line 2: 3 cells"),
+    (b"a,b\n1,2\nsecret\n", "line 3: 1 cell, where the first line names 2"), (b"a,b\n1,2,secret\n", "line 2: 3 cells"),
     (b"a,b\n1,2\n\0\0\0", "line 3: no text"), (b"a,b\n1,2\n" + b"s" * 200_000 + b",2",
                                                "line 3: field larger than field limit"),
     (b"a,b,a\n1,2,3", "line 1: two columns are called 'a'"), (b'a,b\n1,"secret\n2,3\n',

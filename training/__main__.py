@@ -40,8 +40,8 @@ def main():
     about = checkpoint.export(args.run, args.out, args.ema)
     if about["config"].get("vae"):
         shutil.copytree(args.run / "weights" / "vae", args.out / "vae", dirs_exist_ok=True)
-    print(f"{args.out}: {args.run} after {about['images']:,} images, averaged with a half-life of "
-          f"{about['half_life']:,} images")
+    print(f"{args.out}: {args.run} after {cli.count(about['images'], 'image')}, averaged with a half-life of "
+          f"{cli.count(about['half_life'], 'image')}")
 
 
 if __name__ == "__main__":
