@@ -353,8 +353,8 @@ def main():
     if rank == 0:
         times = flow.time_grid(args.steps, model.config.shift)
         calls = flow.count_network_calls(times, args.solver, args.guidance, args.guidance_interval)
-        print(f"{cli.count(len(seeds), 'image')} in {out}, {made} of them made now, with "
-              f"{cli.count(evaluations, 'velocity evaluation')} and {cli.count(calls, 'network call')} for each image; "
+        print(f"{cli.count(len(seeds), 'image')} in {out}, {made} of them made now, "
+              f"{cli.count(evaluations, 'velocity evaluation')} and {cli.count(calls, 'network call')} each; "
               f"{out}/grid.png shows them, {out}/metadata.csv lists what each was asked to show")
 
 

@@ -150,7 +150,7 @@ def test_rows_in_the_columns_of_an_index(tmp_path):
     ("age,colour\n3,red\n", "unknown column colour; accepted: seed, dataset"),
     ("age,sex\n30,F\n30,q\n", "line 3, column sex: unknown value 'q' for sex; accepted: female, male"),
     ("age\n30\n400\n", "line 3, column age: age '400' is not a number of years"),
-    ("age,sex\n30\n", "line 2: 1 cells, where the first line names 2"),
+    ("age,sex\n30\n", "line 2: 1 cell, where the first line names 2"),
     ("age\n30,40\n", "line 2: 2 cells, where the first line names 1"),
     ("seed\n-1\n", "line 2, column seed: '-1'"), ("seed\n" + "9" * 30, "line 2, column seed"),
     ("age\n30\n90\n", "line 3: age 90 was not covered"),

@@ -226,7 +226,7 @@ def test_an_image_that_is_not_finite_is_an_error_that_names_its_seed(weights):
 def test_without_a_folder_each_command_gets_a_new_one(weights, tmp_path, command):
     for number, n in ((1, 1), (2, 2)):
         status, output, _ = command("sample.py", "--weights", weights, "--n", n, "--steps", 1, cwd=tmp_path)
-        assert status == 0 and f"{n} images in out/sample-{number}," in output
+        assert status == 0 and f"{cli.count(n, 'image')} in out/sample-{number}," in output
         assert len(list((tmp_path / f"out/sample-{number}/images").iterdir())) == n
 
 
