@@ -94,10 +94,10 @@ def phantom_weights(phantoms, tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (run / "trained").exists():
             patch.setitem(radit.SIZES, "XS", (128, 6, 4))
-            patch.setattr("sys.argv", ["train.py", "radit", "--data", str(phantoms), "--pixels", "--patch", "8", "--size",
-                                       "XS", "--images", "32000", "--cooldown", "8000", "--batch", "32", "--lr", "3e-3",
-                                       "--warmup", "3000", "--ema", "3000", "--log-every", "100", "--save-every", "1000",
-                                       "--no-compile", "--out", str(run)])
+            patch.setattr("sys.argv", ["train.py", "radit", "--data", str(phantoms), "--pixels", "--patch", "8",
+                                       "--size", "XS", "--images", "32000", "--cooldown", "8000", "--batch", "32",
+                                       "--lr", "3e-3", "--warmup", "3000", "--ema", "3000", "--log-every", "100",
+                                       "--save-every", "1000", "--no-compile", "--out", str(run)])
             train.main()
             (run / "trained").touch()
     return run / "weights"
