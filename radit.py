@@ -25,6 +25,7 @@ from torch import nn
 
 from common import check
 from flow import PREDICTIONS
+from radiographs import fields
 from radiographs.fields import CODED, DATASETS, VALUES
 
 # name: (width, depth, heads). Widths are multiples of 128, heads are 64 or 128 wide.
@@ -59,10 +60,8 @@ class RadiTConfig:
         check.wholes(self, 1, 2 ** 14, 2, 2, "grid")
         check.number(self, 0.01, 100, "shift")
         check.one_of(self, PREDICTIONS, "prediction")
-        check.names(self, "datasets")
-        check.kind(self, dict, "covered", "pairs")
-        check.kind(self, list, "examples")
         check.kind(self, str, "vae")
+        fields.check_config(self)
         if any(side % self.patch for side in self.grid):
             check.refuse(self, "grid", f"two multiples of the patch, {self.patch}")
         if self.width % (4 * self.heads):  # RoPE rotates pairs, half of them by the row, half by the column

@@ -502,10 +502,18 @@ def main():
             if getattr(args, name) is not None:
                 parser.error(f"--{name} {getattr(args, name)}: with --init it is that of the weights; leave it out")
     if args.command == "vae":
+        if args.lora_alpha and not args.base:
+            parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --base")
         train_vae(args, cfg)
     else:
         if args.lora_rank and not args.init:
             parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
+        if args.lora_alpha and not args.lora_rank:
+            parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --lora-rank")
+        if args.pixels and args.vae:
+            parser.error(f"--vae {args.vae}: with --pixels there is none; leave one of them out")
+        if args.latents and args.patch:
+            parser.error(f"--patch {args.patch}: a token is one cell of a latent; it needs --pixels")
         if args.init and args.latents and not args.vae:
             args.vae = args.init / "vae"
         if args.encoder and not args.pixels:

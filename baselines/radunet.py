@@ -21,8 +21,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli
+from common import check, cli
 from common.cli import InputError
+from flow import PREDICTIONS
+from radiographs import fields
 from radiographs.fields import DATASETS
 from radit import MetadataEmbedding, RMSNorm, ScalarEmbedding
 
@@ -51,8 +53,15 @@ class RadUNetConfig:
     vae: str = ""                            # fingerprint of the VAE whose latents these are; empty for pixels
 
     def __post_init__(self):
-        self.grid, self.datasets = tuple(self.grid), tuple(self.datasets)  # JSON has no tuples
-        self.multiples = tuple(self.multiples)
+        check.whole(self, 1, 2 ** 14, "channels")
+        check.whole(self, 0, 2 ** 14, "width", "patch")
+        check.whole(self, 0, 100, "blocks", "attending")
+        check.wholes(self, 1, 2 ** 14, 2, 2, "grid")
+        check.wholes(self, 1, 100, 1, 10, "multiples")
+        check.number(self, 0.01, 100, "shift")
+        check.one_of(self, PREDICTIONS, "prediction")
+        check.kind(self, str, "vae")
+        fields.check_config(self)
         factor = self.patch * 2 ** (len(self.multiples) - 1)
         if self.width < 64 or self.width % 64:
             raise InputError(f"width {self.width} is not a multiple of 64")

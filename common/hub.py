@@ -143,7 +143,11 @@ def load_tensors(model, file, rename=lambda tensors: tensors):
         tensors = safetensors.torch.load_file(file)
         if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise InputError(f"{file}: {damaged[0]} holds numbers that are not finite")
-        model.load_state_dict(rename(tensors))
+        tensors, own = rename(tensors), model.state_dict()
+        for name in tensors.keys() & own.keys():                     # loading would cast integers and complex numbers
+            if tensors[name].is_floating_point() != own[name].is_floating_point():
+                raise InputError(f"{file}: {name} holds {tensors[name].dtype}, where {own[name].dtype} is expected")
+        model.load_state_dict(tensors)
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: truncated or not of this architecture: {reason[:300]}") from None

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from common import check
 from common.cli import InputError, count
 
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
@@ -102,6 +103,36 @@ def coverage(records):
             covered[field] = {value: values.count(value) for value in sorted(set(values))}
     ages = [record["age"] for record in records if "age" in record]
     return covered | ({"age": [min(ages), max(ages)]} if ages else {})
+
+
+def check_config(config):
+    """Checks what a model's config says of metadata: `datasets`, and `covered`, `pairs` and `examples` in the forms of
+    coverage(), count_pairs() and records. Raises InputError."""
+    check.names(config, "datasets")
+    check.kind(config, dict, "covered", "pairs")
+    check.kind(config, list, "examples")
+    values = VALUES | {"dataset": config.datasets}
+
+    def fits(field, value):
+        if field == "age":
+            return type(value) in (int, float) and 0 <= value <= MAX_AGE
+        return value in values.get(field, ())
+
+    def are_counts(item):
+        return isinstance(item, dict) and all(type(number) is int and number > 0 for number in item.values())
+
+    for field, item in config.covered.items():
+        if field == "age":
+            right = isinstance(item, list) and len(item) == 2 and all(fits("age", age) for age in item)
+            right = right and item[0] <= item[1]
+        else:
+            right = are_counts(item) and all(fits(field, value) for value in item)
+        if not right:
+            check.refuse(config, "covered", "field to counts of its values, and age to [least, greatest], in years")
+    if not all(map(are_counts, config.pairs.values())):
+        check.refuse(config, "pairs", "value to counts of other values")
+    if not all(isinstance(record, dict) and all(fits(*item) for item in record.items()) for record in config.examples):
+        check.refuse(config, "examples", "a list of records, each field to value")
 
 
 def why_not_covered(field, value, covered):

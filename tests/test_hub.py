@@ -125,6 +125,16 @@ def test_weights_that_are_not_finite_are_refused(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_real_numbers_are_refused(folder, kind):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight"))
+    tensors[name] = tensors[name].to(kind)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} holds {kind}, where torch.float32 is expected"):
+        load(folder)
+
+
 def test_saved_files_have_the_mode_that_new_files_have(tmp_path):
     (tmp_path / "new").touch()
     hub.save_model(RadVAE(SMALL), tmp_path / "m")

@@ -149,7 +149,8 @@ def test_examples_hold_no_two_values_that_no_training_image_held_together():
 
 def test_the_baseline_and_adapters_are_published_too(run, tmp_path, push):
     config = radunet.RadUNetConfig(channels=1, grid=(32, 32), patch=8, width=64, multiples=(1, 2), blocks=1,
-                                   attending=1, covered={"sex": {"female": 2, "male": 2}}, examples=ROWS[:2])
+                                   attending=1, datasets=("own",), covered={"sex": {"female": 2, "male": 2}},
+                                   examples=ROWS[:2])
     hub.save_model(radunet.RadUNet(config), tmp_path / "runs/unet/weights/radunet")
     push(tmp_path / "runs/unet", "org/unet")
     served = tmp_path / "served/org/unet"

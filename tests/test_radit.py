@@ -202,6 +202,13 @@ BASE = dataclasses.asdict(RadiTConfig())
     ("shift", [math.nan, math.inf, 0, -1, "1", True], "number from 0.01 to 100"),
     ("datasets", [[], "MIMIC", ["a", "a"], [""], [1], None], "different names"),
     ("covered", [[], None, "x"], "type dict"), ("examples", [{}, "x", 3], "type list"),
+    ("pairs", [[], None], "type dict"),
+    ("covered", [{"sex": ["male"]}, {"sex": {"male": -1}}, {"sex": {"x": 1}}, {"weight": {"9": 1}}, {"age": [9]},
+                 {"age": [9, 3]}, {"age": [0, math.nan]}, {"age": [0, 10 ** 400]}, {"dataset": None}],
+     "counts of its values"),
+    ("pairs", [{"sex=male": 1}, {"sex=male": {"view=PA": "x"}}], "counts of other values"),
+    ("examples", [[{"sex": "x"}], [{"age": math.inf}], [{"race": []}], [{"weight": 9}], [["sex"]]],
+     "a list of records"),
     ("vae", [None, 5, []], "type str")])
 def test_every_field_of_a_config_is_checked(name, values, accepted):
     for value in values:

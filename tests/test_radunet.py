@@ -170,7 +170,11 @@ def test_flops_are_those_of_the_convolutions():
 
 @pytest.mark.parametrize("changes, message", [
     ({"width": 100}, "width 100 is not a multiple of 64"), ({"width": 0}, "width 0"),
-    ({"grid": (8, 7)}, "not a multiple of 2"), ({"patch": 0}, "patches of 0")])
+    ({"grid": (8, 7)}, "not a multiple of 2"), ({"patch": 0}, "patches of 0"),
+    ({"shift": float("nan")}, "shift is nan"), ({"prediction": "x"}, "prediction is 'x'"),
+    ({"vae": None}, "vae is None"),
+    ({"covered": {"sex": 1}}, "covered is"), ({"width": 10 ** 20}, "width is 1"), ({"blocks": "1"}, "blocks is '1'"),
+    ({"multiples": [0]}, "multiples is"), ({"grid": 8}, "grid is 8"), ({"attending": -1}, "attending is -1")])
 def test_a_wrong_structure_is_named(changes, message):
     with pytest.raises(InputError, match=message):
         RadUNetConfig(**SMALL | changes)

@@ -294,10 +294,14 @@ def test_a_damaged_log_is_one_line(tmp_path):
     (["vae", "--batch", "0"], "'0' is not a whole number from 1 to"),
     (["radit", "--pixels", "--patch", "5"], "--patch 5 does not divide the images' side of 32 pixels"),
     (["radit", "--latents", "nowhere"], "--latents needs --vae"),
-    (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no latents.json"),
+    (["radit", "--latents", "nowhere", "--vae", "nowhere"], "nowhere: no such folder; latents are made by"),
     (["radit", "--latents", "nowhere", "--vae", "nowhere", "--encoder", "here"],
      "--encoder here: the perceptual loss is of pixels; it needs --pixels"),
-    (["radit", "--pixels", "--encoder", "nowhere"], "nowhere: an encoder is a folder with config.json"),
+    (["radit", "--pixels", "--vae", "here"], "--vae here: with --pixels there is none"),
+    (["radit", "--latents", "nowhere", "--vae", "here", "--patch", "2"], "--patch 2: a token is one cell of a latent"),
+    (["radit", "--pixels", "--lora-alpha", "2"], "--lora-alpha 2 scales adapters; it needs --lora-rank"),
+    (["vae", "--lora-alpha", "2"], "--lora-alpha 2 scales adapters; it needs --base"),
+    (["radit", "--pixels", "--encoder", "nowhere"], "nowhere: no such folder here"),
     (["radit"], "one of the arguments --latents --pixels is required"),
     (["radit", "--pixels", "--size", "M"], "XS, S, B")])
 def test_bad_arguments_are_one_line_and_nothing_is_written(phantoms, tmp_path, command, arguments, message):
