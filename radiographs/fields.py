@@ -18,6 +18,7 @@ from common.cli import InputError, count
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
           "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
           "Fracture", "Support Devices")  # CheXpert's order
+UNKNOWN = ("", "u", "unknown", "nan", "none", "na", "n/a", "<na>", "null", "-", "?")  # as tables write it, in any case
 MAX_AGE = 120  # years; ChestX-ray14's first release holds ages up to 414, which are typing errors
 
 
@@ -50,7 +51,7 @@ def parse_value(field, text, datasets=DATASETS):
     if field not in FIELDS:
         raise InputError(f"unknown field {field!r}; the fields are {', '.join(FIELDS)}")
     text = str(text).strip()
-    if text.lower() in ("", "u", "unknown", "nan", "none"):
+    if text.lower() in UNKNOWN:
         return None
     if field == "age":
         try:

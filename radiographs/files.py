@@ -6,6 +6,7 @@ image is found by the last parts of its path, without the ending of its name.
 """
 import fnmatch
 import os
+import unicodedata
 from pathlib import Path
 
 from common.cli import InputError
@@ -108,13 +109,19 @@ class Download:
         return (Path(file) for file in self.files if os.path.splitext(file)[1] in kinds and file not in self.found)
 
 
+def parts_of(path):
+    """The parts of a path, without ending, to be compared: macOS writes an accent as a character of its own (NFD),
+    tables mostly with its letter (NFC)."""
+    return unicodedata.normalize("NFC", without_ending(path)).split("/")
+
+
 def tail(path, parts):
-    return "/".join(without_ending(path).split("/")[-parts:])
+    return "/".join(parts_of(path)[-parts:])
 
 
 def common_parts(path, other):
     """How many parts two paths have in common, counted from their ends, whatever the ending."""
-    pairs = zip(reversed(without_ending(path).split("/")), reversed(without_ending(other).split("/")))
+    pairs = zip(reversed(parts_of(path)), reversed(parts_of(other)))
     count = 0
     for a, b in pairs:
         if a != b:

@@ -54,17 +54,18 @@ OTHERS = set("""AR BI BMD CT DG DOC ECG EEG EPS ES GM HD IO IVOCT IVUS KO LS MG 
     RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM SR ST TG US XA XC""".split())  # those that a reason names
 
 CHEST = set("CHEST THORAX LUNG LUNGS LUNGE POUMON POUMONS PEITO PULMAO TORAX PECHO PULMON PULMONES".split())
-# PS3.16, Annex L, and how French, German, Portuguese and Spanish hospitals say it. The bones of the thorax are parts of
-# their own: they are taken with other exposures.
+# PS3.16, Annex L, and how French, German, Italian, Portuguese and Spanish hospitals say it, in the singular. The bones
+# of the thorax are parts of their own: they are taken with other exposures.
 OTHER_PARTS = set("""
-    ABDOMEN ABDOMENPELVIS ABDOMINAL ACJOINT ANKLE ARM BACK BLADDER BRAIN BREAST BUTTOCK CALCANEUS CALF CAROTID
-    CEREBELLUM CERVIX CHEEK CLAVICLE COCCYX COLON CORNEA CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE
-    EYELID FACE FEMUR FIBULA FINGER FOOT FOREARM GALLBLADDER HAND HEAD HEADNECK HEEL HIP HUMERUS ILEUM ILIUM IAC JAW
-    JEJUNUM KIDNEY KNEE LARYNX LEG LIVER LSPINE LSSPINE LUMBAR MANDIBLE MAXILLA MOUTH NECK NOSE ORBIT OVARY PANCREAS
-    PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RADIUS RECTUM RIB RIBS RIBCAGE SACRUM SCALP SCAPULA SCLERA SCROTUM
-    SHOULDER SINUS SINUSES SIJOINT SKULL SPINE SSPINE STERNUM STOMACH SUBMANDIBULAR TEETH TESTIS THIGH THORACICSPINE
-    THUMB THYMUS THYROID TIBIA TLSPINE TMJ TOE TONGUE TSPINE ULNA URETER URETHRA UTERUS VAGINA VERTEBRA VULVA
-    WHOLEBODY WRIST ZYGOMA
+    ABD ABDO ABDOME ABDOMEN ABDOMENPELVIS ABDOMINAL ACJOINT ANKLE ARM BACK BLADDER BRAIN BREAST BUTTOCK CALCANEUS CALF
+    CAROTID CEREBELLUM CERVIX CHEEK CLAVICLE COCCYX COLON CORNEA CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY
+    EYE EYELID EXM FACE FEET FEMUR FIBULA FINGER FOOT FOREARM GALLBLADDER HAND HEAD HEADNECK HEEL HIP HUMERUS ILEUM
+    ILIUM IAC JAW JEJUNUM KIDNEY KNEE KUB LARYNX LEG LIVER LSPINE LSSPINE LUMBAR MANDIBLE MAXILLA MOUTH NECK NOSE ORBIT
+    OVARY PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RADIUS RECTUM RIB RIBS RIBCAGE SACRUM SCALP SCAPULA
+    SCLERA SCROTUM SHOULDER SINUS SINUSES SIJOINT SKULL SPINAL SPINE SSPINE STERNUM STOMACH SUBMANDIBULAR TEETH TESTIS
+    THIGH THORACICSPINE THUMB THYMUS THYROID TIBIA TLSPINE TMJ TOE TONGUE TSPINE ULNA URETER URETHRA UTERUS VAGINA
+    VERTEBRA VULVA WHOLEBODY WRIST ZYGOMA
+    BAUCH MAMMA TOOTH DENTAL GINOCCHIO PIEDE SPALLA GOMITO POLSO CAVIGLIA BACINO
     BASSIN CHEVILLE COUDE CRANE CUISSE EPAULE GENOU HANCHE JAMBE MAIN PIED POIGNET RACHIS
     BECKEN ELLENBOGEN FUSS HANDGELENK HUEFTE HUFTE KNIE LWS HWS BWS SCHADEL SCHAEDEL SCHULTER SPRUNGGELENK WIRBELSAULE
     BRACO CABECA COLUNA COTOVELO JOELHO MAO OMBRO PERNA PUNHO QUADRIL TORNOZELO
@@ -100,6 +101,7 @@ def other_part(ds):
     letters = unicodedata.normalize("NFKD", " ".join(texts))         # an accent is now a character of its own, and goes
     named = re.findall("[A-Z]+", "".join(letter for letter in letters if not unicodedata.combining(letter)))
     if not any(word in CHEST or word.startswith("CHEST") for word in named):  # CHESTABDOMEN is a defined term
+        named += ["".join(named), *(word.removesuffix("S") for word in named)]  # "WHOLE BODY", "HANDS"
         return next((word for word in named if word in OTHER_PARTS), None)
 
 
@@ -238,7 +240,7 @@ def shape_of_square_pixels(ds):
 def shown(stored, ds, used_bits=None):
     """(H, W) stored values as grey, float32 in [0, 1]."""
     bits = bits_of(ds)[1]
-    has_window = bool(value_of(ds, "VOILUTSequence") or numbers(ds, "WindowCenter") or numbers(ds, "WindowWidth"))
+    has_window = bool(lut_items(ds, "VOILUTSequence") or numbers(ds, "WindowCenter") or numbers(ds, "WindowWidth"))
     if used_bits and not has_window:
         bits = min(bits, used_bits)
     least, count = range_of(bits, is_signed(ds))
@@ -261,7 +263,7 @@ def shown(stored, ds, used_bits=None):
 
 def modality_lut(values, ds):
     """What the stored values stand for, and the least and greatest value that may come out (C.11.1)."""
-    if items := value_of(ds, "ModalityLUTSequence"):
+    if items := lut_items(ds, "ModalityLUTSequence"):
         if len(items) > 1:
             raise Rejected("more than one modality LUT")
         return look_up(values, items[0])
@@ -276,8 +278,10 @@ def modality_lut(values, ds):
 
 def voi_lut(values, low, high, ds):
     """The values of interest from 0 to 1 (C.11.2): by the first VOI LUT, else by the first window, else all of them."""
-    if items := value_of(ds, "VOILUTSequence"):
+    if items := lut_items(ds, "VOILUTSequence"):
         values, low, high = look_up(values, items[0])
+        if values.max() < high / 4:
+            raise Rejected("a VOI LUT of less than a quarter of the depth that it says: dark throughout")
         return (values - low) / (high - low)
     centers, widths = numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth")
     if not centers and not widths:
@@ -297,6 +301,12 @@ def voi_lut(values, low, high, ds):
     if width == 1:                                                   # C.11.2.1.2: a threshold
         return (values > center - 0.5).astype(np.float64)
     return (values - (center - 0.5)) / (width - 1) + 0.5
+
+
+def lut_items(ds, keyword):
+    """The items of a sequence of LUTs that hold anything."""
+    return [item for item in value_of(ds, keyword) or ()
+            if any(value_of(item, name) is not None for name in ("LUTDescriptor", "LUTData"))]
 
 
 def look_up(values, item):

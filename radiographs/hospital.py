@@ -2,7 +2,7 @@
 
 The table needs a column that names the file; any other field may follow under the name that `sample.py` or an index has
 for it, and what is not given is unknown. Whatever the table does not say is taken from the DICOM header.
-A finding is written as a word (positive, negative) or as a number in one of two codings:
+A finding is written as a word (positive, yes, true; negative, no, false) or as a number in one of two codings:
 
     01    0 negative, 1 positive; -1 (uncertain) and blank unknown
     012   0 unknown, 1 negative, 2 positive: this project's own, as in the master CSV of CXR7-1M
@@ -14,21 +14,28 @@ Identifiers: file names and patients are replaced by a keyed hash, whose key lie
 import difflib
 import hmac
 import os
+import re
 import secrets
 from pathlib import Path
 
 from common.cli import InputError, whole_file
 from common.tables import read_table
-from radiographs.fields import FINDINGS, drop_unknown, parse_value
+from radiographs.fields import FINDINGS, UNKNOWN, drop_unknown, parse_value
 from radiographs.files import printable
 from radiographs.index import SPLITS
 from radiographs.sources import race_of
 from radiographs.tags import age_of, sex_of, view_of
 
-FILE_COLUMNS = ("file", "imagepath", "image_path", "path", "filename", "file_name", "image", "image_index", "name")
-COLUMNS = {"age": "age", "sex": "sex", "sex_name": "sex", "race": "race", "race_name": "race", "view": "view",
-           "view_name": "view", "dataset": "dataset", "dataset_name": "dataset", "patient": "patient",
-           "patientid": "patient", "patient_id": "patient", "split": "split", **{field: field for field in FINDINGS}}
+# Names of columns, by their letters and digits in lower case: "Image Index", "image_index" and "ImageIndex" are one.
+FILE_COLUMNS = ("file", "imagepath", "path", "filepath", "filename", "image", "imageindex", "imageid", "imagename",
+                "img", "dicomid", "name")
+COLUMNS = {"age": "age", "ageyears": "age", "patientage": "age", "sex": "sex", "sexname": "sex", "gender": "sex",
+           "patientsex": "sex", "patientgender": "sex", "race": "race", "racename": "race", "view": "view",
+           "viewname": "view", "viewposition": "view", "dataset": "dataset", "datasetname": "dataset",
+           "patient": "patient", "patientid": "patient", "split": "split",
+           **{field.replace("_", ""): field for field in FINDINGS}}
+WORDS = {**dict.fromkeys(("yes", "y", "true", "pos", "present"), "positive"),
+         **dict.fromkeys(("no", "n", "false", "neg", "absent"), "negative"), "uncertain": None, "equivocal": None}
 CODINGS = {"01": {"": None, "-1": None, "0": "negative", "1": "positive"},
            "012": {"": None, "0": None, "1": "negative", "2": "positive"}}
 
@@ -54,13 +61,21 @@ def folder_records(download, table=None, coding=None):
         yield file, {"name": name, "dataset": dataset} | record
 
 
+def letters(column):
+    return re.sub(r"[^a-z0-9]", "", column.lower())
+
+
 def columns_of(row):
     """Column -> field, for the columns that are read; "file" for the one that names the file."""
-    by_name = {column.lower().replace(" ", "_"): column for column in row}
-    files = [by_name[name] for name in FILE_COLUMNS if name in by_name]
+    names = {column: letters(column) for column in row}
+    files = sorted((FILE_COLUMNS.index(name), column) for column, name in names.items() if name in FILE_COLUMNS)
     if not files:
         raise InputError(f"{row.path}: no column that names the file; accepted: {', '.join(FILE_COLUMNS)}")
-    return {column: COLUMNS[name] for name, column in by_name.items() if name in COLUMNS} | {files[0]: "file"}
+    columns = {column: COLUMNS[name] for column, name in names.items() if name in COLUMNS} | {files[0][1]: "file"}
+    for field in set(columns.values()):
+        if len(same := [column for column, known in columns.items() if known == field]) > 1:
+            raise InputError(f"{row.path}: the columns {' and '.join(same)} both say {field}; rename or leave out one")
+    return columns
 
 
 def unread_columns(table):
@@ -68,7 +83,7 @@ def unread_columns(table):
     row = next(read_table(table), {})
     unread, warnings = [column for column in row if column not in columns_of(row)], []
     for column in unread:
-        for near in difflib.get_close_matches(column.lower().replace(" ", "_"), COLUMNS, n=1, cutoff=0.8):
+        for near in difflib.get_close_matches(letters(column), COLUMNS, n=1, cutoff=0.8):
             warnings.append(f"{table}: the column {column!r} is not read; did you mean {near}? Accepted are "
                             f"{', '.join(COLUMNS)}")
     return unread, warnings
@@ -84,7 +99,7 @@ def read_row(row, columns, coding, root):
             if ".." in path.split("/") or os.path.isabs(path) and not Path(path).is_relative_to(root):
                 raise InputError(f"{column} {path!r} leaves {root}")
         elif field in ("patient", "dataset"):
-            record[field] = text or None
+            record[field] = None if text.lower() in UNKNOWN else text
         elif field == "split":
             if text not in ("", *SPLITS):
                 raise InputError(f"unknown Split {text!r}; accepted: {', '.join(SPLITS)}")
@@ -99,13 +114,16 @@ def read_row(row, columns, coding, root):
 
 
 def value_of(field, text):
-    """Age, sex, race or view as sample.py takes it, or as DICOM and the public data sets spell it ("057Y")."""
+    """Age, sex, race or view as sample.py takes it, or as DICOM and the public data sets spell it ("057Y"). A race is a
+    free description, so one that names none of the three is unknown, and so is DICOM's third sex, O (other)."""
+    if field == "race":
+        return race_of(text)
+    if field == "sex" and text.upper() in ("O", "OTHER"):
+        return None
     try:
         return parse_value(field, text)
     except InputError:
-        parsers = {"age": age_of, "sex": sex_of, "race": race_of, "view": view_of}
-        parse = parsers[field]
-        value = parse(text)
+        value = {"age": age_of, "sex": sex_of, "view": view_of}[field](text)
         if value is None:
             raise
         return value
@@ -119,7 +137,7 @@ def finding_of(text, field, coding):
     if code.lstrip("-").isdecimal():
         raise InputError(f"unknown code {text!r} for {FINDINGS[field]}; accepted by --coding {coding}: "
                          + ", ".join(f"{key} {value or 'unknown'}" for key, value in codes.items() if key))
-    return parse_value(field, text)
+    return WORDS[text.lower()] if text.lower() in WORDS else parse_value(field, text)
 
 
 def coding_of(table, root):

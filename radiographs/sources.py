@@ -24,14 +24,19 @@ from radiographs.fields import drop_unknown, field_of
 from radiographs.tags import age_of, sex_of, view_of
 from radiographs.terms import NIH_TERMS, PADCHEST_TERMS, VINDR_ASKED, VINDR_TERMS, chexpert_labels, labels_of
 
-RACE_WORDS = {"asian": {"asian"}, "black": {"black", "african"}, "white": {"white", "caucasian"}}
+RACE_WORDS = {"asian": {"asian"}, "black": {"black", "african", "afro"}, "white": {"white", "caucasian"}}
+DENIED_OR_MIXED = {"no", "non", "not", "nor", "neither", "without", "than", "mixed", "multiple", "half"}
+NOT_HISPANIC = re.compile(r"\bno[nt][\s-]+(of )?(hispanic|latin[oax])(( or |/)latin[oax])?")  # says nothing of race
+PARTS_OF_AFRICA = re.compile(r"\b(north|south)[\s-]+african")         # people of any of the three
 
 
 def race_of(text):
     """Asian, black or white out of a free description, by its words ("ASIAN - CHINESE", "White or Caucasian", "Black
-    or African American"); None where it names none of them, or several."""
-    text = re.sub(r"\b(non|not)[\s-]+\w+", "", (text or "").lower())  # "non-Hispanic", "not white"
+    or African American"); None where it names none of them or several, or denies one ("other than white")."""
+    text = PARTS_OF_AFRICA.sub("", NOT_HISPANIC.sub("", (text or "").lower()))
     words = set(re.findall(r"[a-z]+", text))
+    if words & DENIED_OR_MIXED:
+        return None
     races = [race for race, names in RACE_WORDS.items() if words & names]
     return races[0] if len(races) == 1 else None
 
@@ -140,6 +145,8 @@ def chexpert_plus_labels(path):
     labels = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 labels[row["path_to_image"]] = drop_unknown(chexpert_labels(row))
@@ -196,10 +203,13 @@ def rexgradient(download):
             try:
                 known = {"patient": "REX" + study["PatientID"], "dataset": "ReXGradient", "split": split,
                          "age": age_of(study["PatientAge"]), "sex": sex_of(study["PatientSex"])}
-                images, views = study["ImagePath"] or [], study["ImageViewPosition"] or []
+                images, views = ([value] if isinstance(value, str) else value or []
+                                 for value in (study["ImagePath"], study["ImageViewPosition"]))
             except (KeyError, TypeError) as error:
                 raise InputError(f"{table}: not a list of studies as ReXGradient publishes it: {error}") from None
             for path, view in itertools.zip_longest(images, views[:len(images)]):  # fewer views than images occur
+                if path is None:
+                    continue
                 path = path.removeprefix("../")
                 yield download.image(path, parts=2), drop_unknown(
                     known | {"name": path_name(path.removeprefix("deid_png/")), "view": view_of(view)})

@@ -36,15 +36,16 @@ class Rejected(ValueError):
 # Words
 
 def sex_of(text):
-    return {"M": "male", "MALE": "male", "F": "female", "FEMALE": "female"}.get(str(text or "").strip().upper())
+    words = {"male": ("M", "MALE", "MAN", "MÄNNLICH"), "female": ("F", "FEMALE", "WOMAN", "W", "WEIBLICH")}
+    return next((sex for sex, names in words.items() if str(text or "").strip().upper() in names), None)
 
 
 VIEWS = {"AP": {"AP"}, "PA": {"PA"},
-         "LATERAL": {"LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT", "PROFIL", "PERFIL"}}
+         "LATERAL": {"LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT", "LATERALE", "PROFIL", "PERFIL", "SEITLICH"}}
 # Words beside a view that leave it what it is. OBLIQUE, for one, does not.
 BESIDE = set("""SUPINE ERECT UPRIGHT STANDING SITTING SEMI SEMIERECT PORTABLE MOBILE BEDSIDE BED CROSS TABLE XTABLE
-    HORIZONTAL AXIAL LORDOTIC LLD RLD LEFT RIGHT LT RT L R INSPIRATION EXPIRATION VIEW PROJECTION FRONTAL
-    CHEST THORAX""".split())
+    HORIZONTAL AXIAL LORDOTIC LLD RLD LEFT RIGHT LT RT L R TRUE INSPIRATION EXPIRATION VIEW PROJECTION FRONTAL
+    CHEST THORAX PORT FACE GAUCHE DROIT IZQUIERDO IZQUIERDA DERECHO DERECHA IM STEHEN STEHEND LIEGEN LIEGEND""".split())
 
 
 def view_of(text):
@@ -63,9 +64,10 @@ def view_of(text):
 
 
 # AS is three digits and a letter; tables say it in words. ASCII digits only: int() would read those of all scripts.
-AGE = re.compile(r"(?:>=? *)?([0-9]{1,4}(?:\.[0-9]+)?) *"
-                 r"(?:(Y|YR|YRS|YEAR|YEARS)|(M|MO|MOS|MONTH|MONTHS)|(W|WK|WKS|WEEK|WEEKS)|(D|DAY|DAYS))?"
-                 r"(?: *\+| +OR +(?:MORE|OLDER|OVER)| +AND +OVER| +OLD)?")
+AGE = re.compile(r"(?:>=? *)?([0-9]{1,4}(?:[.,][0-9]+)?)"
+                 r"(?:[ -]*(?:(Y|YR|YRS|YEAR|YEARS|YO|Y/O)"
+                 r"|(M|MO|MOS|MONTH|MONTHS)|(W|WK|WKS|WEEK|WEEKS)|(D|DAY|DAYS)))?"
+                 r"(?: *\+| +OR +(?:MORE|OLDER|OVER)| +AND +OVER|[ -]+OLD)?")
 
 
 def age_of(text):
@@ -73,7 +75,7 @@ def age_of(text):
     blank or above 120, and for "000Y", which stands where no age was entered."""
     if match := AGE.fullmatch(str(text or "").strip().upper()):
         number, years, months, weeks, days = match.groups()
-        number = float(number)
+        number = float(number.replace(",", "."))
         if years and number == 0:
             return None
         age = number / 12 if months else number * 7 / 365.25 if weeks else number / 365.25 if days else number

@@ -247,7 +247,8 @@ def test_body_parts_that_name_no_other_are_taken(tmp_path, part):
 
 @pytest.mark.parametrize("part", ["HAND", "hand", "RIBCAGE", "TSPINE", "THORACIC SPINE", "L-SPINE", "RODILLA", "MAO",
                                   "MÃO", "Schädel", "LEFT KNEE",
-                                  "ABDOMEN", "CLAVICLE"])
+                                  "ABDOMEN", "CLAVICLE", "HANDS", "BOTH KNEES", "WHOLE BODY", "LOW_EXM", "ABD",
+                                  "ABDOME", "FEET AP"])
 def test_other_body_parts_are_refused(tmp_path, part):
     with pytest.raises(Rejected, match="not a chest"):
         pixels.read_dicom(write_dicom(tmp_path / "a.dcm", RAMP, BodyPartExamined=part,
@@ -312,6 +313,27 @@ def test_a_lut_shorter_than_it_says_is_refused(tmp_path):
     item.LUTDescriptor = [200, 0, 8]
     with pytest.raises(Rejected, match="fewer entries"):
         pixels.read_dicom(write_dicom(tmp_path / "a.dcm", RAMP, VOILUTSequence=[item]))
+
+
+@pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+@pytest.mark.parametrize("elements", [[], ["LUTDescriptor", "LUTData"]], ids=["no element", "empty elements"])
+def test_a_lut_that_holds_nothing_is_none(tmp_path, keyword, elements):
+    item = pydicom.Dataset()
+    for name in elements:
+        item.add_new(name, "OW", b"")
+    tags = {"BitsStored": 12, "WindowCenter": 900, "WindowWidth": 700, keyword: [item]}
+    grey = expected(UNSIGNED, shown=lambda x: window(x, 900, 700, "LINEAR"))
+    assert np.abs(pixels.read_dicom(write_dicom(tmp_path / "a.dcm", UNSIGNED, **tags)) - grey).max() < 1e-6
+
+
+def test_a_voi_lut_that_leaves_most_of_its_depth_unused_is_refused(tmp_path):
+    """14 bits of entries in a LUT that says 16: by the standard all is darker than a quarter."""
+    dark = lut(0, (np.arange(4096) * 4 - 1).clip(0), 16)
+    with pytest.raises(Rejected, match="a VOI LUT of less than a quarter of the depth that it says"):
+        pixels.read_dicom(write_dicom(tmp_path / "a.dcm", UNSIGNED, BitsStored=12, VOILUTSequence=[dark]))
+    light = lut(0, np.arange(4096) * 5, 16)
+    grey = pixels.read_dicom(write_dicom(tmp_path / "b.dcm", UNSIGNED, BitsStored=12, VOILUTSequence=[light]))
+    assert np.abs(grey - UNSIGNED * 5.0 / 65535).max() < 1e-6
 
 
 def test_no_pixels(tmp_path):

@@ -1,5 +1,6 @@
 """A hospital's own folder with its own table: columns, codings, files, splits and identifiers."""
 import csv
+import unicodedata
 
 import pytest
 from pictures import RAMP, picture, write_dicom
@@ -58,6 +59,46 @@ def test_files_are_found_as_people_name_them(root, text, path):
     assert counts["taken"] == 1
     rejected = {row["path"] for row in csv.DictReader(open(f"{root.parent}/out.rejected.csv"))}
     assert path not in rejected and (path == "b/IM0004" or rejected == {"a/1.png", "a/2.png"})
+
+
+@pytest.mark.parametrize("header", ["Image Index,Patient Age,Patient Gender,View Position",
+                                    "FilePath,age_years,Sex,view",
+                                    "dicom_id,PatientAge,PatientSex,ViewPosition", "IMAGE_ID,AGE,gender,View_name"])
+def test_columns_are_known_by_the_names_that_people_give_them(root, header):
+    _, records = prepare(root, f"{header}\na/1.png,057Y,W,Postero-Anterior\n"
+                               'a/2.png,"45,5",O,NA\nb/3.png,n/a,NULL,-\n')
+    said = [{key: record[key] for key in ("age", "sex", "view") if key in record} for record in records.values()]
+    assert said == [{"age": 57, "sex": "female", "view": "PA"}, {"age": 45.5}, {}]
+
+
+def test_two_columns_that_say_the_same_are_named(root):
+    with pytest.raises(InputError, match="table.csv: the columns Sex and Gender both say sex; rename or leave out one"):
+        prepare(root, "file,Sex,Gender\na/1.png,F,M\n")
+
+
+@pytest.mark.parametrize("yes, no", [("yes", "No"), ("TRUE", "False"), ("y", "n"), ("pos", "neg"),
+                                     ("Positive", "negative")])
+def test_findings_in_words(root, yes, no):
+    _, records = prepare(root, f"file,age,edema,pleural-effusion\na/1.png,1,{yes},{no}\na/2.png,2,NA,uncertain\n")
+    assert records[1]["edema"] == "positive" and records[1]["pleural_effusion"] == "negative"
+    assert not {"edema", "pleural_effusion"} & records[2].keys()
+
+
+def test_a_race_that_names_none_of_the_three_stops_no_run(root):
+    _, records = prepare(root, "file,age,race\na/1.png,1,Hispanic\na/2.png,2,White or Caucasian\n"
+                               "b/3.png,3,declined\n")
+    assert [records[age].get("race") for age in (1, 2, 3)] == [None, "white", None]
+
+
+@pytest.mark.parametrize("disk, table", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_one_character_or_two(root, disk, table):
+    picture(root, RAMP, name=unicodedata.normalize(disk, "Müller.png"))
+    assert prepare(root, "file,age\n" + unicodedata.normalize(table, "Müller.png") + ",3\n")[0]["taken"] == 1
+
+
+def test_patients_that_are_not_known_are_not_one(root):
+    _, records = prepare(root, "file,age,patient\na/1.png,1,NA\na/2.png,2,unknown\nb/3.png,3,\n")
+    assert len({record["patient"] for record in records.values()}) == 3
 
 
 def test_splits_follow_the_patient_or_the_table(root):

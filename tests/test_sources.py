@@ -330,7 +330,10 @@ def test_long_paths_become_names_that_a_file_system_takes():
     ("White, non-Hispanic", "white"),
     ("Black or African American", "black"), ("BLACK/CAPE VERDEAN", "black"), ("ASIAN - SOUTH EAST ASIAN", "asian"),
     ("Asian, Hispanic", "asian"), ("Eurasian", None), ("Non-white", None), ("not Black", None),
-    ("White and Asian", None),
+    ("White and Asian", None), ("Other than white", None), ("Not White or Caucasian", None), ("half white", None),
+    ("Other race (not white)", None), ("No, not Black", None), ("North African", None), ("South African", None),
+    ("White - South African", "white"), ("Afro-Caribbean", "black"), ("Non Hispanic White", "white"),
+    ("Not Hispanic or Latino, White", "white"), ("White, not of Hispanic/Latino origin", "white"),
     ("American Indian/Alaska Native", None), ("HISPANIC/LATINO - DOMINICAN", None), ("Blackfoot", None), ("", None),
     (None, None)])
 def test_races_are_read_by_words(text, race):
@@ -364,13 +367,16 @@ def test_rexgradient_keeps_images_without_views(tmp_path):
                                                                                       for i in range(3)]}
     studies = {"a": study | {"ImageViewPosition": ["PA"]}, "b": study | {"ImageViewPosition": None,
                                                                          "ImagePath": ["../deid_png/g/p/3.png"]},
-               "c": study | {"ImageViewPosition": [], "ImagePath": None}}
+               "c": study | {"ImageViewPosition": [], "ImagePath": None},
+               "d": study | {"ImageViewPosition": "AP", "ImagePath": "../deid_png/g/p/4.png"},
+               "e": study | {"ImageViewPosition": ["PA", "AP"], "ImagePath": [None, "../deid_png/g/p/5.png"]}}
     for split in ("train", "valid", "test"):
         write(tmp_path / f"root/{split}_metadata_view_position.json", json.dumps(studies if split == "train" else []))
-    for i in range(4):
+    for i in range(6):
         image(tmp_path / f"root/deid_png/g/p/{i}.png")
     counts, records = prepared("rexgradient", tmp_path)
-    assert counts["taken"] == 4 and [record.get("view") for record in records] == ["PA", None, None, None]
+    assert counts["taken"] == 6
+    assert [record.get("view") for record in records] == ["PA", None, None, None, "AP", "AP"]
 
 
 @pytest.mark.parametrize("content", ["3", "[3]", '{"a": {"PatientID": "p"}}', "[" * 100_000, "", "{",

@@ -19,7 +19,8 @@ from radiographs.tags import Rejected
     ("85 or more", 85), ("90+", 90), (">89", 89), ("000Y", None), ("0Y", None), ("1_0", None), ("٤٥", None), ("", None),
     (None, None), ("old", None),
     ("414Y", None), ("121", None), ("-5", None), ("1e1", None), ("5Y6M", None), ("57X", None), ("nan", None),
-    ("057Y\n", 57)])
+    ("057Y\n", 57), ("45,5", 45.5), ("45yo", 45), ("45 y/o", 45), ("45-year-old", 45), ("18 mo", 1.5), ("45-", None),
+    ("40-50", None), ("-045Y", None)])
 def test_ages(text, years):
     assert tags.age_of(text) == (years if years is None else pytest.approx(years))
 
@@ -46,9 +47,18 @@ def test_ages_by_dates(birth, study, years):
     ("XTABLE LATERAL", "LATERAL"),
     ("PA OBLIQUE", None), ("RAO", None), ("LPO", None), ("LATERAL DECUBITUS", None), ("LT-DECUB", None),
     ("AP AND LATERAL", None), ("PA/LAT", None),
+    ("TRUE LATERAL", "LATERAL"), ("Thorax p.a. im Stehen", "PA"), ("Thorax ap liegend", "AP"),
+    ("THORAX SEITLICH", "LATERAL"), ("Perfil izquierdo", "LATERAL"), ("FACE PA", "PA"), ("not PA", None),
     ("COSTAL", None), ("FRONTAL", None), ("PALATE", None), ("APEX", None), ("", None), (None, None)])
 def test_views(text, view):
     assert tags.view_of(text) == view
+
+
+@pytest.mark.parametrize("text, sex", [
+    ("M", "male"), (" f ", "female"), ("Woman", "female"), ("w", "female"), ("weiblich", "female"),
+    ("männlich", "male"), ("O", None), ("H", None), ("not male", None), ("1", None), ("FALSE", None), (None, None)])
+def test_sexes(text, sex):
+    assert tags.sex_of(text) == sex
 
 
 @pytest.mark.parametrize("header, said", [
