@@ -84,8 +84,8 @@ def unread_columns(table):
     unread, warnings = [column for column in row if column not in columns_of(row)], []
     for column in unread:
         for near in difflib.get_close_matches(letters(column), COLUMNS, n=1, cutoff=0.8):
-            warnings.append(f"{table}: the column {column!r} is not read; did you mean {near}? Accepted are "
-                            f"{', '.join(COLUMNS)}")
+            warnings.append(f"{table}: the column {column!r} is not read; did you mean {COLUMNS[near]}? Accepted "
+                            f"are {', '.join(dict.fromkeys(COLUMNS.values()))}")
     return unread, warnings
 
 
