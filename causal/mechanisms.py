@@ -67,6 +67,10 @@ class CausalConfig:
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise InputError(f"{name} is {str(value)[:60]}, not a whole number from {low} to {high:,}")
+        for name in ("datasets", "source"):
+            values = getattr(self, name)
+            if not (isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)):
+                raise InputError(f"{name} is {str(values)[:60]}, not a list of names")
         names = [name for name in check_graph(self.graph) if name != DETERMINED]
         if not isinstance(self.shares, dict) or set(self.shares) != set(names):
             raise InputError("shares are not those of the graph's variables")
