@@ -601,7 +601,7 @@ def test_a_cohort_of_whole_patients(tmp_path, command):
 @pytest.mark.parametrize("change, message", [
     ({"width": 0}, "width is 0, not a whole number from 1"), ({"depth": 10 ** 7}, "depth is 10000000"),
     ({"shares": {}}, "shares are not those of the graph"), ({"graph": {"sex": ["sex"]}}, "cycle"),
-    ({"datasets": [1.5]}, "datasets is .1.5., not a list of names"), ({"source": "nih"}, "source is nih, not a list"),
+    ({"datasets": [1.5]}, "datasets is [1.5], not a list of names"), ({"source": "nih"}, "source is nih, not a list"),
     ({"shares": {"sex": [1, "x"]}}, "shares of sex: not 2 numbers"),
     ({"shares": {"sex": [float("nan"), 1]}}, "shares of sex")])
 def test_a_damaged_configuration_is_one_line(tmp_path, command, change, message):
