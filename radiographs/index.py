@@ -2,7 +2,9 @@
 
 A record is a dict of field -> value (fields.py) with `path`, `patient` and `split`; what is unknown is absent.
 """
+import functools
 import hashlib
+import os
 from pathlib import Path
 
 from common.cli import InputError
@@ -32,19 +34,26 @@ def index_records(root):
         what = "no index.csv in it, so this is not a prepared source" if root.is_dir() else "no such folder"
         raise InputError(f"{root}: {what} (python data.py prepare makes prepared sources)")
     inside = root.resolve()
+
+    @functools.cache
+    def stays_inside(place):  # resolving looks at each folder of a path: once for a folder, not for each of its images
+        return Path(place).resolve().is_relative_to(inside)
+
     for row in read_table(table):
         if missing := [column for column in COLUMNS if column not in row]:
             raise InputError(f"{table}, line {row.line}: no column {missing[0]!r}: not a prepared source, a folder "
                              "with index.csv (see python data.py prepare)")
         try:
-            yield index_record(row, inside)
+            yield index_record(row, inside, stays_inside)
         except InputError as error:
             raise InputError(f"{table}, line {row.line}: {error}") from None
 
 
-def index_record(row, root):
+def index_record(row, root, stays_inside):
     """One row as a record."""
-    if not (root / row["ImagePath"]).resolve().is_relative_to(root):
+    place = os.path.join(root, row["ImagePath"])
+    folder, name = os.path.split(place)
+    if not stays_inside(place if name in ("", ".", "..") or os.path.islink(place) else folder):
         raise InputError(f"ImagePath {row['ImagePath']!r} leaves {root}")
     if row["Split"] not in SPLITS:
         raise InputError(f"unknown Split {row['Split']!r}; accepted: {', '.join(SPLITS)}")

@@ -178,6 +178,27 @@ def test_a_bad_row_is_refused_in_one_line_and_nothing_is_written(tmp_path, comma
     assert status == 2 and message in errors and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("path, accepted", [
+    ("a.png", True), ("inner/a.png", True), ("file_in.png", True), ("folder_in/a.png", True), ("inner/../a.png", True),
+    ("not_there.png", True), ("file_out.png", False), ("folder_out/x.png", False), ("inner/../../x.png", False),
+    ("..", False), ("inner/folder_out/../x.png", False)])
+def test_a_path_stays_inside_through_links_too(tmp_path, path, accepted):
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (root / "file_in.png").symlink_to("inner/a.png")
+    (root / "folder_in").symlink_to("inner")
+    (root / "file_out.png").symlink_to(tmp_path / "x.png")
+    (root / "folder_out").symlink_to(tmp_path)
+    (root / "inner/folder_out").symlink_to(tmp_path / "elsewhere/deep")
+    write_index(root, ImagePath=path)
+    if accepted:
+        assert read_index(root)[0]["path"] == path
+        return
+    with pytest.raises(InputError, match="line 2: ImagePath .* leaves"):
+        read_index(root)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("folder", "nowhere", "out"), "nowhere: no such folder"), (("nih", "root", "out"), "no test_list.txt"),
     (("folder", ".", "out"), "out lies inside ."), (("folder", "root", "file/out"), "file")])
