@@ -39,7 +39,7 @@ def radit_job(cfg, out, blocks=2, encoder=None, **layout):
     encoder = raddino.load_encoder(encoder) if encoder else None
     task = train.RadiTTask(config, [column[:8] for column in columns], None, encoder=encoder, perceptual_weight=0.1)
     chosen = {key: model.blocks for key, on in layout.items() if on}
-    return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, **chosen)
+    return train.train(task, model, torch.utils.data.TensorDataset(*columns), cfg, out, parallel.Layout(**chosen))
 
 
 def vae_job(cfg, out):
@@ -120,13 +120,13 @@ def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16
     if bf16:
         parallel.pick_device = train.pick_device = lambda: (torch.device("cpu"), True)
     if event and event[0] == rank:
-        steps, update = [], train.update_ema
+        steps, clip = [], parallel.clip
         def counted(*arguments):
             steps.append(1)
             if len(steps) == event[1]:
                 os.kill(os.getpid(), event[2])
-            update(*arguments)
-        train.update_ema = counted
+            return clip(*arguments)
+        parallel.clip = counted
     JOBS[name](cfg, out, **layout)
     parallel.leave()
 

@@ -73,7 +73,7 @@ def test_what_is_saved_is_what_was_when_save_was_called(tmp_path):
     x.fill_(7)                                                       # training goes on while it is written
     writer.wait()
     y = torch.ones(1000, 1000)
-    assert checkpoint.resume(tmp_path, {"x": y}, {}) == 8 and not y.any()
+    assert checkpoint.resume(tmp_path, {"x": y}, {}) == (8, 8) and not y.any()
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path, capsys):
@@ -82,16 +82,16 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, capsys):
     assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["96", "104", "112"]  # by number, not by letter
     (tmp_path / "checkpoints/112").rename(tmp_path / "checkpoints/112.tmp")  # as if killed before the rename
     x = torch.zeros(3)
-    assert checkpoint.resume(tmp_path, {"x": x}, {"seed": 0}) == 104 and x.tolist() == [104] * 3
+    assert checkpoint.resume(tmp_path, {"x": x}, {"seed": 0}) == (104, 104) and x.tolist() == [104] * 3
     with pytest.raises(InputError, match="started with seed = 0, not 1; use another --out or the same options"):
         checkpoint.resume(tmp_path, {"x": x}, {"seed": 1})
-    assert checkpoint.resume(tmp_path, {"x": x}, {"seed": 1}, may_change=("seed",)) == 104
+    assert checkpoint.resume(tmp_path, {"x": x}, {"seed": 1}, may_change=("seed",)) == (104, 104)
     with pytest.raises(InputError, match="of a run with other options, such as more --ema: .*y"):
         checkpoint.resume(tmp_path, {"x": x, "y": x}, {})
     assert not capsys.readouterr().err
     checkpoint.Writer(tmp_path, 2)
     assert not list(tmp_path.glob("checkpoints/*.tmp")) and checkpoint.latest(tmp_path / "nowhere") is None
-    assert checkpoint.resume(tmp_path / "nowhere", {"x": x}, {}) == 0
+    assert checkpoint.resume(tmp_path / "nowhere", {"x": x}, {}) == (0, 0)
 
 
 def cut_short(folder):
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning(tmp_pat
         save(tmp_path, images, {"x": torch.full((1000,), float(images))})
     damage(tmp_path / "checkpoints/16")
     x = torch.zeros(1000)
-    assert checkpoint.resume(tmp_path, {"x": x}, {}) == 8 and (x == 8).all()
+    assert checkpoint.resume(tmp_path, {"x": x}, {}) == (8, 8) and (x == 8).all()
     errors = capsys.readouterr().err
     assert errors.startswith("warning: ") and message in errors and len(errors.splitlines()) == 1
     damage(tmp_path / "checkpoints/8")

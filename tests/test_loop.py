@@ -281,6 +281,12 @@ def test_compiled_and_eager_training_agree_without_recompilation(tmp_path, monke
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1   # three blocks, twenty steps, one graph
     job.radit_job(config(), tmp_path / "eager", blocks=3)
     same(tmp_path / "compiled", tmp_path / "eager", 2e-2 if bf16 else 1e-4)
+    torch._dynamo.reset()
+    job.radit_job(config(), tmp_path / "recomputed", blocks=3, compiled=True, recomputed=True)
+    assert torch._functorch.config.activation_memory_budget == parallel.BUDGET
+    parallel.set_up(radit.RadiT(radit.RadiTConfig(width=64, depth=1, heads=2)), 1, False, parallel.Layout())
+    assert torch._functorch.config.activation_memory_budget == 1
+    same(tmp_path / "recomputed", tmp_path / "eager", 2e-2 if bf16 else 1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

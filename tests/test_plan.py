@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import radit
@@ -17,20 +18,30 @@ from autoencoder import latents
 from common import cli
 from radiographs import fields
 from training import __main__ as command_line
-from training import plan
+from training import parallel, plan
 
 # 576 tokens: fused attention, as on a GPU
 SMALL = radit.RadiTConfig(channels=4, grid=(24, 24), width=256, depth=2, heads=4)
 
 
+def compiled_or_recomputed(model, kept):
+    for block in model.blocks:
+        if "compiled" in kept:
+            block.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # what inductor keeps, without its code
+        if kept == "eager, recomputed":
+            block.forward = (lambda forward: lambda *x: recompute(forward, *x, use_reentrant=False))(block.forward)
+    return model
+
+
+def budget(kept):
+    """A context with the memory budget that parallel.set_up sets."""
+    return torch._functorch.config.patch(
+        activation_memory_budget=parallel.BUDGET if kept == "compiled, recomputed" else 1.0)
+
+
 def saved_bytes(cfg, images, kept, bf16):
     """Bytes of the storages that autograd keeps between forward and backward, without parameters and their copies."""
-    model = radit.RadiT(cfg)
-    for block in model.blocks:
-        if kept == "compiled":
-            block.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # what inductor keeps, without its code
-        if kept == "recomputed":
-            block.forward = (lambda forward: lambda *x: recompute(forward, *x, use_reentrant=False))(block.forward)
+    model = compiled_or_recomputed(radit.RadiT(cfg), kept)
     shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
     storages, alive = {}, []
 
@@ -47,13 +58,32 @@ def saved_bytes(cfg, images, kept, bf16):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("kept", [pytest.param("compiled", marks=pytest.mark.slow), "eager", "recomputed"])
+@pytest.mark.parametrize("kept", [pytest.param(kept, marks=pytest.mark.slow if "compiled" in kept else ())
+                                  for kept in plan.KEPT])
 def test_activations_are_those_that_autograd_keeps(kept, bf16):
     torch._dynamo.reset()
     expected = plan.activations(SMALL, 3, kept, bf16)
-    if kept == "recomputed":  # autograd never keeps the block that is computed again
-        expected -= 3 * plan.kept_by_block(SMALL, "compiled", bf16)
-    assert saved_bytes(SMALL, 3, kept, bf16) == pytest.approx(expected, rel=0.02)
+    if "recomputed" in kept:  # autograd never keeps the block that is computed again
+        expected -= 3 * plan.kept_by_block(SMALL, kept.split(",")[0], bf16)
+    with budget(kept):
+        found = saved_bytes(SMALL, 3, kept, bf16)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+def test_operations_are_those_that_torch_counts():
+    """Backward's within the memory budget, less those of the default."""
+    flops = []
+    for kept in ("compiled", "compiled, recomputed"):
+        torch._dynamo.reset()
+        model = compiled_or_recomputed(radit.RadiT(SMALL), kept)
+        age, codes = fields.encode_metadata([{"age": 50.0}] * 3)
+        with budget(kept), torch.autocast("cpu", torch.bfloat16):
+            output = model(torch.randn(3, 4, 24, 24), torch.rand(3), age, codes)
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == pytest.approx(3 * plan.recomputed_flops(SMALL, "compiled, recomputed"), rel=0.02)
 
 
 def test_state_is_what_an_optimizer_holds():
@@ -119,7 +149,10 @@ def test_time_and_steps_by_hand():
     assert p.images == 1_562_500_000 and p.steps == 1_562_500
     assert p.flops == 3 * radit.count_flops(p.cfg) * 1_562_500_000
     assert p.gpu_hours("compiled") == pytest.approx(p.flops / 1e15 / 3600)
-    assert p.gpu_hours("recomputed") == pytest.approx(p.gpu_hours("compiled") * 4 / 3)
+    assert p.gpu_hours("eager, recomputed") == pytest.approx(p.gpu_hours("compiled") * 4 / 3)
+    # qkv 3 D x D, out D x D and up D x 2 H, two operations each, in 31 blocks
+    again = 31 * 2 * 1024 * (4 * 1536 ** 2 + 2 * 1536 * 4096) * 1_562_500_000
+    assert p.gpu_hours("compiled, recomputed") == pytest.approx((p.flops + again) / 1e15 / 3600)
 
 
 def run(monkeypatch, *arguments):

@@ -51,11 +51,45 @@ def test_ema_against_the_recursion_by_hand():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     model.weight.data.fill_(1.0)
     ema.weight.data.fill_(0.0)
-    train.update_ema(ema, model, images_seen=10 ** 9, batch=50, half_life=100)   # half a half-life
+    train.update_ema(ema, model, images_seen=10 ** 9, images_since=50, half_life=100)   # half a half-life
     assert ema.weight.item() == pytest.approx(1 - 0.5 ** 0.5)
-    train.update_ema(ema, model, images_seen=20, batch=50, half_life=100)        # early: half-life of one image
+    train.update_ema(ema, model, images_seen=20, images_since=50, half_life=100)        # early: half-life of one image
     assert ema.weight.item() == pytest.approx(1.0)
 
+
+class Steady(torch.nn.Linear):
+    """A task and a model whose weight grows by the same amount in every step."""
+    name, flops, about, save = "steady", 1, {}, staticmethod(lambda ema, folder: None)
+
+    def __init__(self):
+        super().__init__(1, 1, bias=False)
+        torch.nn.init.zeros_(self.weight)
+        self.config = radit.RadiTConfig()
+
+    def loss(self, model, batch, rng):
+        return -model.weight.sum(), {}
+
+    def measure(self, ema, micro):
+        return {"held_out_loss": ema.weight.item()}
+
+
+def test_averages_of_every_fourth_step_have_the_same_half_lives(tmp_path):
+    """By hand, in float64: after steps 4, 8, 10 (a save), 12, 16, 20 (a save) and 22 (the end) each average moves
+    towards the weight by 1 - 0.5^(images since / half-life), at most a twentieth of the images seen; so a run that is
+    stopped in between, or extended, ends as one that was not."""
+    cfg = dict(images=88, batch=4, lr=0.1, warmup=0, clip=1e6, ema=(2, 10 ** 9), log_every=1, save_every=10)
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    model = Steady()
+    train.train(model, model, data, train.TrainConfig(**cfg), tmp_path / "run")
+    averages, before = [0.0, 0.0], 0
+    for step in (4, 8, 10, 12, 16, 20, 22):
+        for number, half_life in enumerate(cfg["ema"]):
+            decay = 0.5 ** (4 * (step - before) / min(half_life, 4 * step / 20))
+            averages[number] = decay * averages[number] + (1 - decay) * 0.1 * step
+        before = step
+    measured = log_of(tmp_path / "run")[-1]["held_out_loss_by_ema"]
+    assert list(measured.values()) == pytest.approx(averages, rel=1e-4)
+    assert 1e-3 < averages[0] - averages[1] < 1
 
 STEPS = ["--batch", "4", "--log-every", "2", "--save-every", "4"]
 

@@ -116,11 +116,12 @@ def newest(run):
 
 
 def resume(run, tensors, about, may_change=()):
-    """Fills the tensors from the newest checkpoint; returns the images seen, 0 if there is none. `about` must be what
-    it was when the run was started, except for the keys in `may_change`."""
+    """Fills the tensors from the newest checkpoint; returns the images seen, and those seen when the averages were
+    updated last; (0, 0) if there is none. `about` must be what it was when the run was started, except for the keys in
+    `may_change`."""
     folder, before = parallel.on_first(lambda: newest(run))
     if not folder:
-        return 0
+        return 0, 0
     for key in about:
         if key not in may_change and before["about"].get(key) != about[key]:
             labels = key in ("covered", "pairs", "examples")
@@ -129,7 +130,7 @@ def resume(run, tensors, about, may_change=()):
             raise InputError(f"{run}: this run was started with {change}; use another --out or the same "
                              f"options{advice}")
     read(folder, tensors)
-    return before["images"]
+    return before["images"], before.get("averaged", before["images"])  # older runs updated them in every step
 
 
 def difference(name, old, new):

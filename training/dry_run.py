@@ -24,7 +24,7 @@ def show(args, cfg, config, examples, decoder):
         model = radit.RadiT(config)
         age, codes = (x.to("meta") for x in fields.encode_metadata([{}] * micro, config.datasets))
         shape = model(torch.empty(micro, config.channels, *config.grid), torch.empty(micro), age, codes).shape
-    kept = "recomputed" if args.recompute else "compiled" if args.compile else "eager"
+    kept = ("compiled" if args.compile else "eager") + (", recomputed" if args.recompute else "")
     state = sum(plan.state(config, processes, args.fsdp, len(cfg.ema)).values())
     preview = plan.preview(config, micro, bf16) + (plan.decoder_bytes(config, decoder.config) if decoder else 0)
     active = max(plan.activations(config, micro, kept, bf16), preview)
@@ -38,7 +38,8 @@ def show(args, cfg, config, examples, decoder):
                       f"{config.prediction} prediction; a micro-batch is {tuple(shape)}"),
             ("data", f"{examples:,} training examples, "
                      f"{', '.join(config.covered.get('dataset', {})) or 'no data set named'}"),
-            ("where", f"{processes} x {name}, {'bfloat16' if bf16 else 'float32'}, {layout}, {kept}"),
+            ("where", f"{processes} x {name}, {'bfloat16' if bf16 else 'float32'}, {layout}, {kept}"
+                      f"{', float8' if args.fp8 else ''}"),
             ("batch", f"{cfg.batch:,} images: {processes} processes x {micro} at a time x {cfg.accumulate}"),
             ("steps", f"{math.ceil(cfg.images / cfg.batch):,}, learning rate {cfg.lr:.3g}, "
                       f"{3 * radit.count_flops(config) / 1e12:.3g} TFLOP an image"),

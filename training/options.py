@@ -11,9 +11,9 @@ from encoders.perceptual import FLOW_WEIGHT, PUBLISHED_WEIGHT
 from training.log import LOGGERS
 
 
-def option(default, kind, text):
-    """A field of TrainConfig and the option of the same name: default, argparse type, help."""
-    return field(default=default, metadata={"type": kind, "help": text})
+def option(default, kind, text, choices=None):
+    """A field of TrainConfig and the option of the same name: default, argparse type, help, accepted values."""
+    return field(default=default, metadata={"type": kind, "help": text, "choices": choices})
 
 
 @dataclass
@@ -36,6 +36,7 @@ class TrainConfig:
                              "parts into which each step is cut, computed one after another to need less memory")
     seed: int = option(0, cli.integer(0, 2 ** 62),
                        "seed of the initial weights, the order of images, noise, times and dropout")
+    logger: str = option(None, str, "send the log's numbers there too, if that package is installed", LOGGERS)
 
 
 RADIT_EXAMPLES = """
@@ -62,9 +63,7 @@ def add_common_options(p, default):
     p.add_argument("--data", nargs="+", required=True, help="prepared sources")
     p.add_argument("--out", type=cli.new_path, required=True, help="the run's folder")
     for part in fields(TrainConfig):
-        p.add_argument(f"--{part.name.replace('_', '-')}", type=part.metadata["type"],
-                       default=getattr(default, part.name), help=part.metadata["help"])
-    p.add_argument("--logger", choices=LOGGERS, help="send the log's numbers there too, if that package is installed")
+        p.add_argument(f"--{part.name.replace('_', '-')}", default=getattr(default, part.name), **part.metadata)
 
 
 def config_of(args):
@@ -98,8 +97,11 @@ def add_radit_options(p):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
                    help="compile each block, which needs a C++ compiler")
     p.add_argument("--recompute", action="store_true",
-                   help="compute each block's activations again in the backward pass instead of keeping them: less "
-                        "memory, a third more operations")
+                   help="compute activations again in the backward pass instead of keeping them: a quarter of the "
+                        "memory for a sixth more operations if compiled, otherwise less memory for a third more")
+    p.add_argument("--fp8", action="store_true",
+                   help="compute the blocks' matrix products in float8, which needs torchao, --compile and a GPU of "
+                        "compute capability 8.9 or later")
     p.add_argument("--fsdp", action="store_true", help="split weights, moments and averages among torchrun's processes")
     p.add_argument("--changed-labels", action="store_true",
                    help="continue a run although labels of its images were corrected")

@@ -20,9 +20,12 @@ import functools
 import os
 import signal
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -34,6 +37,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from common.cli import InputError, pick_device
 from common.cli import locked as locked_folder
+from training import float8
 
 TIMEOUT, LONG_TIMEOUT = timedelta(seconds=120), timedelta(seconds=600)
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 knows no other name
@@ -41,6 +45,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they t
 launched = "RANK" in os.environ  # by torchrun or srun, which give each process its rank
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 training = None  # the group; None without torchrun
+BUDGET = 0.25  # share of a compiled block's activations that is kept where others are computed again
 
 
 def join():
@@ -231,22 +236,37 @@ def clip(parameters, largest):
     return norm
 
 
-def set_up(model, averages, bf16, compiled, recomputed, sharded):
+@dataclass
+class Layout:
+    """How a model is trained: which of its blocks are treated in which way, none if not said."""
+    compiled: Sequence = ()       # by torch.compile
+    recomputed: Sequence = ()     # activations are computed again in the backward pass instead of kept
+    sharded: Sequence = ()        # split by FSDP; if there are none, every process holds the whole model
+    float8: Sequence = ()         # matrix products in float8, see training/float8.py
+
+
+def set_up(model, averages, bf16, layout):
     """The model to call, `averages` copies of it that will be averages of its weights, and an empty copy to be filled
     when weights are saved (None without FSDP). Blocks are compiled and recomputed in place, by replacing their
     `forward`: so no tensor's name changes, and FSDP's hooks are not compiled."""
-    blocks = set(sharded)
+    blocks = set(layout.sharded)
     places = [name for name, module in model.named_modules() if module in blocks]
-    plain = copy.deepcopy(model).to("meta") if sharded else None
+    plain = copy.deepcopy(model).to("meta") if layout.sharded else None
     model.to(pick_device()[0])
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in range(averages)]
-    for block in compiled:
+    for block in layout.float8:
+        float8.convert(block)
+    # A compiled block is not computed again as a whole: torch chooses what is cheap to compute again, until what is
+    # kept is within the budget, as a share of what it would keep by default.
+    torch._functorch.config.activation_memory_budget = BUDGET if layout.recomputed else 1.0
+    for block in layout.compiled:
         block.forward = torch.compile(block.forward, fullgraph=True)
-    for block in recomputed:  # nothing in a block is random, so no state of a generator has to be kept
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if not sharded:
+    if not layout.compiled:
+        for block in layout.recomputed:  # nothing in a block is random, so no state of a generator has to be kept
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if not layout.sharded:
         return replicate(model), emas, None
-    shard(model, sharded, bf16)
+    shard(model, layout.sharded, bf16)
     for ema in emas:
         shard(ema, [ema.get_submodule(place) for place in places], bf16=False)
     return model, emas, plain

@@ -5,7 +5,9 @@
 Everything is computed from the structure of radit.py; no weight is built and nothing is measured. P parameters, G GPUs,
 N images on a GPU at a time, T tokens of an image, D width, H SwiGLU's inner width, h heads.
 
-    FLOPs   3 x forward's (backward computes two products for each of forward's), 4 x where activations are recomputed
+    FLOPs   3 x forward's (backward computes two products for each of forward's), and what is computed again with
+            --recompute: if compiled, the products that torch's memory budget leaves out (qkv, out and up), otherwise
+            all of forward's
     state   bytes per parameter: weights 4, gradients 4, AdamW's two moments 8, and 4 for each of two EMAs, all float32;
             FSDP divides them by G
     copies  of the weights in bfloat16: DDP under autocast holds all (2 P); FSDP those of the current block and the next
@@ -24,16 +26,19 @@ import vae
 from common import cli
 
 LATENT_CHANNELS, LATENT_CELL = 128, 16  # FLUX.2's: 128 channels, one cell for 16x16 pixels
-KEPT = ("compiled", "eager", "recomputed")
+KEPT = ("compiled", "compiled, recomputed", "eager", "eager, recomputed")
 AVERAGES = 2  # EMAs that train.py radit keeps by default
 
 
 def kept_by_block(cfg, kept, bf16=True):
     """Bytes that one block keeps for the backward pass of one image. `kept` is one of KEPT."""
     d, h, size = cfg.width, cfg.hidden, 2 if bf16 else 4             # bytes of a number
-    if kept == "recomputed":                                      # only the block's input; the rest is computed again
+    if kept == "eager, recomputed":                                  # only the block's input
         return size * cfg.tokens * d
-    if kept == "compiled":
+    if kept == "compiled, recomputed":
+        # What torch 2.13 chooses for the budget of training/parallel.py, 5 tensors D wide; found by tests/test_plan.py.
+        wide, hidden, floats = 5, 0, 0
+    elif kept == "compiled":
         # Only what is costly to compute again. D wide, 11: the block's input, the inputs of qkv and up, out's and
         # down's results, q, k, attention's output, which is out's input, and qkv's result (3). H wide, 3: up's result
         # (2) and down's input.
@@ -59,8 +64,15 @@ def kept_outside(cfg, bf16=True):
 
 def activations(cfg, images, kept, bf16=True):
     """Bytes kept at the end of the forward pass; where they are recomputed, while one block is computed again."""
-    again = kept_by_block(cfg, "compiled", bf16) if kept == "recomputed" else 0
+    again = kept_by_block(cfg, kept.split(",")[0], bf16) if "recomputed" in kept else 0
     return images * (cfg.depth * kept_by_block(cfg, kept, bf16) + again + kept_outside(cfg, bf16))
+
+
+def recomputed_flops(cfg, kept):
+    """Operations of one image that the backward pass computes again."""
+    if kept == "compiled, recomputed":
+        return cfg.depth * 2 * cfg.tokens * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.hidden)  # qkv, out and up
+    return radit.count_flops(cfg) if kept == "eager, recomputed" else 0
 
 
 def preview(cfg, images, bf16=True):
@@ -130,7 +142,8 @@ class Plan:
         return 3 * radit.count_flops(self.cfg) * self.steps * self.batch
 
     def gpu_hours(self, kept):
-        return self.flops * (4 / 3 if kept == "recomputed" else 1) / (self.peak * self.utilisation) / 3600
+        flops = self.flops + recomputed_flops(self.cfg, kept) * self.steps * self.batch
+        return flops / (self.peak * self.utilisation) / 3600
 
     def memory(self, fsdp, kept, accumulate=None):
         micro = self.batch / (self.gpus * (accumulate or self.accumulate))
@@ -177,14 +190,14 @@ def make(args):
 
 def advice(plan, memory):
     """One line: the first way that fits, the cheapest first. Accumulating costs no FLOPs, FSDP costs communication, and
-    recomputing costs a third more FLOPs."""
+    recomputing costs a sixth more FLOPs."""
     share = plan.batch // plan.gpus
-    for kept in ("compiled", "recomputed"):
+    for kept in ("compiled", "compiled, recomputed"):
         for fsdp in (False, True):
             for parts in range(plan.accumulate, share + 1):
                 if share % parts == 0 and plan.memory(fsdp, kept, parts) <= 0.9 * memory:
                     flags = (["--fsdp"] if fsdp else []) + ([f"--accumulate {parts}"] if parts > 1 else [])
-                    flags += ["--recompute"] if kept == "recomputed" else []
+                    flags += ["--recompute"] if kept == "compiled, recomputed" else []
                     return f"fits: {'FSDP' if fsdp else 'DDP'}, compiled ({' '.join(flags) or 'no option needed'})"
     return "does not fit, whatever --accumulate: take more GPUs and --fsdp, or a smaller --size"
 
@@ -200,7 +213,7 @@ def show(args):
             ("FLOPs", f"{3 * radit.count_flops(cfg) / 1e12:.3g} TFLOP an image, {plan.flops:.3g} in all"),
             ("batch", f"{plan.batch:,} images: {plan.gpus} GPUs x {plan.micro_batch} at a time x {plan.accumulate}"),
             ("steps", f"{plan.steps:,}")]
-    for kept, name in (("compiled", "time"), ("recomputed", "  with --recompute")):
+    for kept, name in (("compiled", "time"), ("compiled, recomputed", "  with --recompute")):
         hours = plan.gpu_hours(kept)
         rows.append((name, f"{hours / plan.gpus / 24:,.1f} days, {hours:,.0f} GPU-hours"))
     size = checkpoint_bytes(cfg) / gigabyte
