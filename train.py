@@ -108,9 +108,9 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
         about = {"seed": cfg.seed, "batch": cfg.batch, "images_in_data": len(dataset)} | config | task.about
         about = json.loads(json.dumps(about))                        # tuples become lists, as in the checkpoint
         called, emas, plain = parallel.set_up(model, len(cfg.ema), bf16, layout)
-        # Clipping (foreach), fused AdamW and the averages' lerp (foreach) each read every tensor once, in one kernel or a
-        # few. torch.compile of the three in one function took 0.87 to 1.05 of their time (CPU time, 10M parameters, five
-        # rounds) after 20 s of compilation, so they are not compiled. Not measured on a GPU.
+        # Clipping (foreach), fused AdamW and the averages' lerp (foreach) are few kernels already. torch.compile of the
+        # three in one function took 0.87 to 1.05 of their time (CPU time, 10M parameters, five rounds) after 20 s of
+        # compilation, so they are not compiled. Not measured on a GPU.
         optimizer = torch.optim.AdamW(trainable_parameters(model), cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
         checkpoint.start_moments(optimizer)
         state = checkpoint.tensors_of(model, emas, optimizer)
@@ -172,8 +172,8 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
             entry |= log.speed(device)
             if save:
                 checkpoint.refuse_unless(checkpoint.all_finite(state), entry, writer, out)
-                writer.save(state, {"images": seen, "averaged": averaged, "name": task.name, "config": config, "about": about,
-                                    "ema": list(cfg.ema), "processes": world})
+                writer.save(state, {"images": seen, "averaged": averaged, "name": task.name, "config": config,
+                                    "about": about, "ema": list(cfg.ema), "processes": world})
             if save and not stop:                                    # a node about to be taken away has no time
                 with parallel.long_timeout(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     measured, best = measure(task, emas, cfg, micro)

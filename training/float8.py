@@ -1,12 +1,12 @@
 """The matrix products of RadiT's blocks in float8, twice bfloat16's rate on GPUs that have it: `train.py radit --fp8`.
 
-    y = x W^T    x, W and, in the backward pass, y's gradient are scaled so that their largest value is float8's largest,
-                 and rounded to 8 bits; products are summed in float32
+    y = x W^T    x, W and, in the backward pass, the gradient of y are scaled so that their largest value is the largest
+                 of float8, and rounded to 8 bits; products are summed in float32
 
 torchao does it (its recipe "tensorwise": e4m3 for x and W, e5m2 for gradients, one scale a tensor, computed anew each
-time). Weights, moments, averages and checkpoints stay float32, so that a run may change between both. Converted are qkv,
-out, up and down of each block. Everything else is small or sensitive: adaLN, embeddings, the final layer. Averages are
-measured without float8. Not measured on a GPU yet. Source: Micikevicius et al. 2022.
+time). Weights, moments, averages and checkpoints stay float32, so a run may be continued with or without it. Converted
+are qkv, out, up and down of each block. Everything else is small or sensitive: adaLN, embeddings, the final layer.
+Averages are measured without float8. Not measured on a GPU yet. Source: Micikevicius et al. 2022.
 """
 import importlib
 import importlib.util
@@ -30,7 +30,8 @@ def check(compiled, dry_run=False):
         if not dry_run:
             raise InputError("--fp8 needs a GPU of compute capability 8.9 or later, and there is no GPU here")
     elif (found := torch.cuda.get_device_capability()) < CAPABILITY:
-        raise InputError(f"--fp8 needs a GPU of compute capability 8.9 or later, and this one has {found[0]}.{found[1]}")
+        raise InputError("--fp8 needs a GPU of compute capability 8.9 or later, and this one has "
+                         f"{found[0]}.{found[1]}")
 
 
 def check_tokens(tokens):
