@@ -265,6 +265,20 @@ def test_help_says_what_every_option_does(command):
         assert "see TrainConfig" not in output and "largest norm of the gradient" in output
 
 
+def test_a_dry_run_checks_and_writes_nothing(tmp_path, few_phantoms, command, tiny, monkeypatch):
+    """Its memory is that of the plan, by the way of keeping activations that the options ask for."""
+    monkeypatch.setattr(train.float8.importlib.util, "find_spec", lambda name: True)
+    options, run = radit_options(few_phantoms, 16), tmp_path / "run"
+    for more, way in (([], "eager"), (["--recompute"], "eager, recomputed"), (["--compile"], "compiled"),
+                      (["--compile", "--recompute", "--fp8"], "compiled, recomputed, float8")):
+        status, output, errors = command("train.py", *options, *more, "--dry-run", "2", "--out", run)
+        assert status == 0, errors
+        assert f", {way}\n" in output and "2 processes x 2 at a time x 1" in output and "all checks passed" in output
+    status, _, errors = command("train.py", *options, "--dry-run", "3", "--out", run)
+    assert status == 2 and "--batch 4 cannot be shared by 3 processes" in errors and len(errors.splitlines()) == 1
+    assert not run.exists()
+
+
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, few_phantoms, command, tiny):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
