@@ -45,7 +45,9 @@ train() {                                                            # OUT: the 
 
 step "machine" nvidia-smi
 step "torch" python -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())"
-step "tests on CUDA" python -m pytest -q -m "" tests/test_radit.py tests/test_flow.py tests/test_plan.py tests/test_loop.py
+# Not those of several processes: NCCL refuses two on one GPU, and the tests give them no GPUs of their own.
+step "tests on CUDA" python -m pytest -q -m "" tests/test_radit.py tests/test_flow.py tests/test_plan.py tests/test_loop.py \
+    -k "not layout and not one_of_two and not dies_or_hangs and not running_statistics and not fsdp and not torchrun"
 step "phantoms" env PYTHONPATH=.:tests python -c "import pathlib, phantom; phantom.write_source(pathlib.Path('$work/phantom'), 2000)"
 step "short training on the GPU" train "$work/cuda"
 export CUDA_VISIBLE_DEVICES=
