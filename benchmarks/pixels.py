@@ -65,6 +65,8 @@ def main():
     parser.add_argument("--weights", type=float, nargs="+", default=[0, FLOW_WEIGHT, 20 * FLOW_WEIGHT],
                         help="of the perceptual loss; %(default)s")
     parser.add_argument("--seconds", type=cli.number(1, 10 ** 7), default=150, help="of CPU time a model; %(default)s")
+    parser.add_argument("--images", type=cli.positive, help="train for so many images instead, to tell what the loss "
+                        "does from what its time does")
     parser.add_argument("--patch", type=cli.integer(1, 4096), default=8, help="side of a token in pixels; %(default)s")
     parser.add_argument("--width", type=cli.integer(64, 4096), default=128, help="of the models; %(default)s")
     parser.add_argument("--depth", type=cli.integer(1, 64), default=6, help="of the models; %(default)s")
@@ -79,8 +81,10 @@ def main():
     rows = [("real, the other half", "", "", images[b])]
     for weight in args.weights:
         with tempfile.TemporaryDirectory() as folder:
-            _, steps = train_model(args, weight, BATCH * (TIMED + 1), Path(folder) / "timed")
-            count = BATCH * max(1, round(args.seconds / (sum(steps) / len(steps))))
+            count = args.images
+            if count is None:
+                _, steps = train_model(args, weight, BATCH * (TIMED + 1), Path(folder) / "timed")
+                count = BATCH * max(1, round(args.seconds / (sum(steps) / len(steps))))
             folder, steps = train_model(args, weight, count, Path(folder) / "run")
             model, _ = sample.load_weights(folder)
         asked = fields.only_covered([fidelity.known(records[i]) for i in b], model.config.covered)
