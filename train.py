@@ -50,13 +50,10 @@ from encoders.perceptual import perceptual_loss
 from radiographs import fields, pixels
 from training import checkpoint, dry_run, finetune, float8, parallel
 from training.examples import Examples, synthetic_metadata
-from training.log import Log, check_logger, means
-from training.options import (RADIT_EXAMPLES, VAE_EXAMPLES, Help, TrainConfig, add_common_options, add_radit_options,
-                              add_vae_options, config_of)
+from training.log import Log, means
+from training.options import read_options
 from training.randomness import RandomNumbers, batches, generator
 
-# Options that the weights given with --init decide.
-FROM_BASE = {"vae": ("channels", "widths", "layers", "groups"), "radit": ("size", "patch", "prediction", "shift")}
 PERCEPTUAL_FROM = 0.3  # time from which a perceptual loss on predicted pixels counts
 STOPPED = 75    # the exit status of a run that was asked to stop
 ASK_EVERY = 8   # steps after which several processes ask each other whether one was told to stop
@@ -487,54 +484,10 @@ def train_vae(args, cfg):
 
 
 def main():
-    parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again continues.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("vae", help="Rad-VAE, or a LoRA on one, from images", formatter_class=Help,
-                            epilog=VAE_EXAMPLES)
-    add_common_options(p, TrainConfig())
-    add_vae_options(p)
-    p = commands.add_parser("radit", help="RadiT from cached latents or pixels", formatter_class=Help,
-                            epilog=RADIT_EXAMPLES)
-    add_common_options(p, TrainConfig(batch=64, ema=(20_000, 100_000), warmup=20_000))
-    add_radit_options(p)
-    args = parser.parse_args()
-    cfg = config_of(args)
-    check_logger(cfg.logger)
-    if not getattr(args, "dry_run", None):
-        parallel.micro_batch(cfg.batch, cfg.accumulate)              # refused before anything is read or written
-    if args.command == "radit" and args.model == "radunet":
-        for name in ("init", "dry_run", "fp8"):
-            if getattr(args, name):
-                parser.error(f"--model radunet: --{name.replace('_', '-')} works for RadiT only")
-    if args.init:
-        for name in FROM_BASE[args.command]:
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} {getattr(args, name)}: with --init it is that of the weights; leave it out")
+    args, cfg = read_options()
     if args.command == "vae":
-        if args.lora_alpha and not args.base:
-            parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --base")
         train_vae(args, cfg)
     else:
-        if args.lora_rank and not args.init:
-            parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
-        if args.lora_alpha and not args.lora_rank:
-            parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --lora-rank")
-        if args.pixels and args.vae:
-            parser.error(f"--vae {args.vae}: with --pixels there is none; leave one of them out")
-        if args.latents and args.patch:
-            parser.error(f"--patch {args.patch}: a token is one cell of a latent; it needs --pixels")
-        if args.init and args.latents and not args.vae:
-            args.vae = args.init / "vae"
-        if args.encoder and not args.pixels:
-            parser.error(f"--encoder {args.encoder}: the perceptual loss is of pixels; it needs --pixels")
-        if args.latents and not args.vae:
-            parser.error("--latents needs --vae, the VAE that made them")
-        if args.fsdp and not (parallel.launched or args.dry_run):
-            parser.error("--fsdp splits a model among several processes: start it with torchrun")
-        if args.fp8 and args.lora_rank:
-            parser.error(f"--fp8: adapters (--lora-rank {args.lora_rank}) are not computed in float8; leave one out")
-        if args.fp8:
-            float8.check(args.compile, args.dry_run)
         train_radit(args, cfg)
     parallel.leave()
 

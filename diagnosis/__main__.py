@@ -26,7 +26,7 @@ from diagnosis import check, classifier, resnet, stress
 from encoders import raddino
 from radiographs import fields
 from radiographs.index import SPLITS
-from train import TrainConfig
+from training.options import TrainConfig
 
 MODEL = "a classifier: a folder that fit wrote, or its name on the Hub"
 

@@ -15,6 +15,7 @@ import sample
 import train
 from common.cli import InputError, RunError
 from training import checkpoint
+from training.options import TrainConfig
 
 
 @pytest.mark.slow
@@ -22,7 +23,7 @@ def test_killed_again_and_again_no_checkpoint_is_unreadable_and_no_image_is_miss
     """A run that saves in every step is killed at random times until it is done. Every checkpoint it leaves can be
     read; each step sees the images that it would have seen; every epoch sees each image once; and the end is that of a
     run left alone."""
-    cfg = train.TrainConfig(images=120, batch=4, lr=1e-2, warmup=0, ema=(100,), log_every=1, save_every=1)
+    cfg = TrainConfig(images=120, batch=4, lr=1e-2, warmup=0, ema=(100,), log_every=1, save_every=1)
     whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
     assert job.run(0, "seen", cfg, whole) == [0]
     lines = (whole / "seen.txt").read_text().splitlines()
@@ -159,7 +160,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, monkeypatch):
             next(ema.parameters()).data.view(-1)[0] = torch.nan
 
     monkeypatch.setattr(train, "update_ema", spoil)
-    cfg = train.TrainConfig(images=64, batch=4, lr=1e-2, warmup=0, log_every=2, save_every=2)
+    cfg = TrainConfig(images=64, batch=4, lr=1e-2, warmup=0, log_every=2, save_every=2)
     with pytest.raises(RunError, match="weights are not finite: stopped; the last good state is .*checkpoints/16"):
         job.seen_job(cfg, tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run").name == "16"
@@ -168,7 +169,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, monkeypatch):
 
 def test_export_is_the_ema_as_sample_reads_it(tmp_path):
     """Of a run of two processes, sharded, its blocks computed twice: nothing of that is left in the names."""
-    cfg = train.TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=(50,), log_every=4, save_every=4)
+    cfg = TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=(50,), log_every=4, save_every=4)
     run, out = tmp_path / "run", tmp_path / "out"
     assert job.run(2, "radit", cfg, run, sharded=True, recomputed=True, preview=True) == [0, 0]
     assert (run / "preview.png").exists() and checkpoint.export(run, out)["images"] == 32

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from scipy import stats
 
-import train
 from common import cli, hub
 from diagnosis import classifier
 from diagnosis.resnet import ResNetConfig
 from encoders.raddino import Encoder, EncoderConfig, load_encoder
 from radiographs import fields
 from radiographs.index import COLUMNS, index_row, read_index, stable_split
+from training.options import TrainConfig
 
 SMALL = EncoderConfig(width=64, depth=2, heads=1, patch=8, image_size=32, channels=1)
 
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    cfg = train.TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=(1000,), save_every=1000)
+    cfg = TrainConfig(images=4096, cooldown=1024, batch=16, lr=2e-3, warmup=256, ema=(1000,), save_every=1000)
     classifier.fit([source], out, cfg, config=SMALL)
     return out / "weights/classifier"
 
@@ -241,7 +241,7 @@ def test_utility_tells_useful_synthetic_data_from_useless(source, tmp_path, comm
 
 def test_an_encoder_can_be_the_start(fitted, source, tmp_path):
     encoder = load_encoder(fitted)
-    cfg = train.TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=(1,), save_every=1)
+    cfg = TrainConfig(images=16, batch=16, lr=0.0, warmup=0, ema=(1,), save_every=1)
     model = classifier.fit([source], tmp_path / "run", cfg, encoder=encoder)
     for a, b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()):
         torch.testing.assert_close(a, b)

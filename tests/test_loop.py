@@ -18,13 +18,14 @@ import train
 from common import hub
 from common.cli import InputError
 from training import checkpoint, log, parallel
+from training.options import TrainConfig
 from training.randomness import RandomNumbers, generator
 
 CFG = dict(images=160, batch=8, lr=3e-3, warmup=40, ema=(200,), log_every=1, save_every=10)  # 20 steps
 
 
 def config(**changes):
-    return train.TrainConfig(**(CFG | changes))
+    return TrainConfig(**(CFG | changes))
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from encoders import perceptual, raddino
 from radiographs import fields
 from training import checkpoint, log
 from training.examples import Examples, synthetic_metadata
+from training.options import TrainConfig
 from training.randomness import RandomNumbers, batches
 
 
@@ -80,7 +81,7 @@ def test_averages_of_every_fourth_step_have_the_same_half_lives(tmp_path):
     cfg = dict(images=88, batch=4, lr=0.1, warmup=0, clip=1e6, ema=(2, 10 ** 9), log_every=1, save_every=10)
     data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
     model = Steady()
-    train.train(model, model, data, train.TrainConfig(**cfg), tmp_path / "run")
+    train.train(model, model, data, TrainConfig(**cfg), tmp_path / "run")
     averages, before = [0.0, 0.0], 0
     for step in (4, 8, 10, 12, 16, 20, 22):
         for number, half_life in enumerate(cfg["ema"]):
@@ -161,7 +162,7 @@ def test_corrected_labels_are_named_and_continue_by_a_flag(tmp_path, command, ti
 
 
 def test_saves_need_not_fall_on_lines_of_the_log(tmp_path):
-    cfg = train.TrainConfig(images=100, batch=4, lr=0.01, log_every=7, save_every=5, keep=9)
+    cfg = TrainConfig(images=100, batch=4, lr=0.01, log_every=7, save_every=5, keep=9)
     train.train(Fragile(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     assert [folder.name for folder in checkpoint.complete(tmp_path / "run")] == ["20", "40", "60", "80", "100"]
     assert [line["images"] for line in log_of(tmp_path / "run")] == [20, 28, 40, 56, 60, 80, 84, 100]
@@ -321,7 +322,7 @@ def test_a_long_interval_is_not_silent(tmp_path, monkeypatch, capsys):
     """With one line of the log in all, something is printed after the first step and then once a minute."""
     clock = iter(range(0, 10 ** 6, 25))  # seconds: 25 from one look at the clock to the next
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
-    cfg = train.TrainConfig(images=40, batch=4, lr=0.01, log_every=1000, save_every=1000)
+    cfg = TrainConfig(images=40, batch=4, lr=0.01, log_every=1000, save_every=1000)
     train.train(Fragile(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert "first step done" in lines[1] and sum("s a step" in line and "left" in line for line in lines) >= 2
@@ -382,7 +383,7 @@ class Tiny(torch.nn.Linear):
 
 def test_a_non_finite_loss_stops_and_the_last_good_state_stays(tmp_path):
     """NaN in the sixth step, checkpoints every second: what is on disk is the state after four good steps."""
-    cfg = train.TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
+    cfg = TrainConfig(images=64, batch=4, lr=0.1, warmup=0, log_every=2, save_every=2)
     with pytest.raises(RunError, match="the last good state is .*run/checkpoints/16"):
         train.train(Fragile(5), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     model = Tiny()
@@ -409,7 +410,7 @@ def test_the_learning_rate_warms_up_and_cools_down(tmp_path):
             moved.append(model.weight[0, 0].item())
             return model.weight.sum(), {}
 
-    cfg = train.TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
+    cfg = TrainConfig(images=40, batch=4, lr=0.1, warmup=16, cooldown=16, log_every=2)
     train.train(Watch(99), Tiny(), torch.utils.data.TensorDataset(torch.zeros(8, 1)), cfg, tmp_path / "run")
     rates = [a - b for a, b in zip(moved, moved[1:])]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05], abs=1e-3)

@@ -8,7 +8,8 @@ import radit
 from baselines import radunet
 from common import cli
 from encoders.perceptual import FLOW_WEIGHT, PUBLISHED_WEIGHT
-from training.log import LOGGERS
+from training import float8, parallel
+from training.log import LOGGERS, check_logger
 
 
 def option(default, kind, text, choices=None):
@@ -64,10 +65,6 @@ def add_common_options(p, default):
     p.add_argument("--out", type=cli.new_path, required=True, help="the run's folder")
     for part in fields(TrainConfig):
         p.add_argument(f"--{part.name.replace('_', '-')}", default=getattr(default, part.name), **part.metadata)
-
-
-def config_of(args):
-    return TrainConfig(**{part.name: getattr(args, part.name) for part in fields(TrainConfig)})
 
 
 def add_radit_options(p):
@@ -135,3 +132,63 @@ def add_vae_options(p):
     p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), default=32, help="with --base: rank of the adapters")
     p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6),
                    help="adapters are scaled by alpha / rank; if not given, alpha is the rank")
+
+
+# Options that the weights given with --init decide.
+FROM_BASE = {"vae": ("channels", "widths", "layers", "groups"), "radit": ("size", "patch", "prediction", "shift")}
+
+
+def read_options():
+    """The options that train.py was given, and those of every training as TrainConfig. Ends the program, before
+    anything is read or written, if they do not go together."""
+    parser = cli.Parser(description="Train Rad-VAE or RadiT; the same command again continues.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("vae", help="Rad-VAE, or a LoRA on one, from images", formatter_class=Help,
+                            epilog=VAE_EXAMPLES)
+    add_common_options(p, TrainConfig())
+    add_vae_options(p)
+    p = commands.add_parser("radit", help="RadiT from cached latents or pixels", formatter_class=Help,
+                            epilog=RADIT_EXAMPLES)
+    add_common_options(p, TrainConfig(batch=64, ema=(20_000, 100_000), warmup=20_000))
+    add_radit_options(p)
+    args = parser.parse_args()
+    cfg = TrainConfig(**{part.name: getattr(args, part.name) for part in fields(TrainConfig)})
+    check_logger(cfg.logger)
+    if args.init:
+        for name in FROM_BASE[args.command]:
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} {getattr(args, name)}: with --init it is that of the weights; leave it out")
+    if args.command == "radit":
+        check_radit_options(parser, args)
+    elif args.lora_alpha and not args.base:
+        parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --base")
+    if args.command == "vae" or not args.dry_run:
+        parallel.micro_batch(cfg.batch, cfg.accumulate)
+    return args, cfg
+
+
+def check_radit_options(parser, args):
+    if args.model == "radunet":
+        for name in ("init", "dry_run", "fp8"):
+            if getattr(args, name):
+                parser.error(f"--model radunet: --{name.replace('_', '-')} works for RadiT only")
+    if args.lora_rank and not args.init:
+        parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
+    if args.lora_alpha and not args.lora_rank:
+        parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --lora-rank")
+    if args.pixels and args.vae:
+        parser.error(f"--vae {args.vae}: with --pixels there is none; leave one of them out")
+    if args.latents and args.patch:
+        parser.error(f"--patch {args.patch}: a token is one cell of a latent; it needs --pixels")
+    if args.init and args.latents and not args.vae:
+        args.vae = args.init / "vae"
+    if args.encoder and not args.pixels:
+        parser.error(f"--encoder {args.encoder}: the perceptual loss is of pixels; it needs --pixels")
+    if args.latents and not args.vae:
+        parser.error("--latents needs --vae, the VAE that made them")
+    if args.fsdp and not (parallel.launched or args.dry_run):
+        parser.error("--fsdp splits a model among several processes: start it with torchrun")
+    if args.fp8 and args.lora_rank:
+        parser.error(f"--fp8: adapters (--lora-rank {args.lora_rank}) are not computed in float8; leave one out")
+    if args.fp8:
+        float8.check(args.compile, args.dry_run)
