@@ -7,11 +7,10 @@ it; either with adapters beside it. FLUX.2's tensors come in two layouts:
 Source: src/flux2/autoencoder.py of github.com/black-forest-labs/flux2, AutoencoderKLFlux2 of diffusers.
 """
 import json
-import shutil
 from pathlib import Path
 
 from autoencoder import lora
-from common import hub
+from common import cli, hub
 from common.cli import InputError
 from vae import RadVAE, VAEConfig
 
@@ -110,8 +109,7 @@ def load_vae(place):
 def copy_vae(place, out):
     """Copies the files of a VAE unchanged, so that its fingerprint stays the same."""
     folder, file = locate_vae(place)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(file, out / (file.name if file.name in FILES else "ae.safetensors"))
+    cli.copy_file(file, out / (file.name if file.name in FILES else "ae.safetensors"))
     for name in ("config.json", "lora.json", "lora.safetensors"):
         if extra := hub.find(folder, name):
-            shutil.copy(extra, out / name)
+            cli.copy_file(extra, out / name)

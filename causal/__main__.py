@@ -67,8 +67,9 @@ def fit_command(args):
     if not names:
         raise InputError(f"{', '.join(map(str, args.indices))}: no training row knows a variable of the graph")
     classes = classes[:, [patients.CLASS_COLUMNS.index(name) for name in names]]
-    model = mechanisms.fit(classes[train], config, args.steps, seed=args.seed, progress=True)
-    hub.save_model(model, args.out, torch.float32)
+    with cli.locked(args.out):
+        model = mechanisms.fit(classes[train], config, args.steps, seed=args.seed, progress=True)
+        hub.save_model(model, args.out, torch.float32)
     if valid.any():
         print_held_out(model, classes[valid], args.seed)
     print(f"{cli.count(config.rows, 'training row')}, {cli.count(args.steps, 'step')}, seed {args.seed}: the model is "

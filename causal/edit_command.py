@@ -7,6 +7,7 @@
 OUT then holds original.png, reconstruction.png (what the model makes of the unchanged image), edit.png,
 difference.png and sheet.png with all of them; of a sweep strip.png and sweep.gif.
 """
+import hashlib
 import json
 import math
 import random
@@ -206,6 +207,8 @@ def read_request(args, cfg, image):
 def edit_command(args):
     if args.seed is not None and not (args.mask or args.keep):
         raise InputError("--seed makes the inside of a mask anew; give --mask or --keep too")
+    if args.out:
+        cli.refuse_filled(args.out)                                  # before the work, and again when it is locked
     model, vae = sample.load_weights(args.weights)
     size = edit.size_of(model, vae)
     try:
@@ -230,15 +233,16 @@ def edit_command(args):
         unchanged = torch.where(mask > 0, unchanged, image)          # outside it the edit has the original's pixels
     settings = sample.provenance(args.weights, steps=args.steps, solver=args.solver, guidance=args.guidance,
                                 depth=args.depth)
-    out = args.out or cli.new_folder("edit")
-    if args.sweep:
-        write_sweep(out, image[0], edited, records, sample.text_fields(settings))
-    else:
-        write_edit(out, image[0], unchanged[0], edited[0], given, records[0], sample.text_fields(settings))
-    if args.dicom:
-        for request, record, result in zip(requests, records, edited):
-            name = f"age-{request['age']:g}.dcm" if args.sweep else "edit.dcm"
-            write_dicom(out / name, result, request, record, args.seed or 0, settings)
+    with cli.locked(args.out or cli.new_folder("edit")) as out:
+        cli.refuse_filled(out)
+        if args.sweep:
+            write_sweep(out, image[0], edited, records, sample.text_fields(settings))
+        else:
+            write_edit(out, image[0], unchanged[0], edited[0], given, records[0], sample.text_fields(settings))
+        if args.dicom:
+            for request, record, result in zip(requests, records, edited):
+                name = f"age-{request['age']:g}.dcm" if args.sweep else "edit.dcm"
+                write_dicom(out / name, result, request, record, args.seed or 0, settings)
     print(f"written to {out}")
 
 
@@ -287,7 +291,7 @@ EDIT_ALL = """Edit held-out radiographs for python -m diagnosis stress: one fiel
     python -m causal edit-all data/nih --from dataset=ChestX-ray14 --from view=PA --set view=AP --out out/ap
 
 OUT then holds two prepared sources, edited/ and unchanged/ (the same images after the same steps, with nothing
-changed), and edits.json with the settings.
+changed), and edits.json with the settings. The same command continues what was interrupted.
 """
 
 
@@ -344,11 +348,12 @@ def edit_all_command(args):
     model, vae = model.to(device), vae.to(device) if vae else None
     settings = sample.provenance(args.weights, steps=args.steps, solver="heun", guidance=args.guidance)
     records = [images.records[i] for i in chosen]
+    about = {"conditions": conditions, "change": change, "split": args.split, "batch": args.batch,
+             "names": [Path(record["path"]).name for record in records], "images": checksum(records), **settings}
     with cli.locked(args.out):
+        open_edits(args.out, about)
         for name, what in (("unchanged", {}), ("edited", change)):
-            (args.out / name / "images").mkdir(parents=True, exist_ok=True)
-            for start in tqdm(range(0, len(chosen), args.batch), desc=name, unit="batch"):
-                part = range(start, min(start + args.batch, len(chosen)))
+            for part in tqdm(missing_batches(args.out / name, len(chosen), args.batch), desc=name, unit="batch"):
                 known = fields.only_covered([metadata(records[i]) for i in part], cfg.covered)
                 x = torch.stack([images[chosen[i]] for i in part]).to(device)                # N 1 H W
                 new = [record | what for record in known]
@@ -360,10 +365,36 @@ def edit_all_command(args):
             rows = (index_row(record | what | {"path": f"images/{i:05}.png", "split": "test"})
                     for i, record in enumerate(records))
             cli.write_csv(args.out / name / "index.csv", COLUMNS, rows)
-        names = [Path(record["path"]).name for record in records]
-        about = {"conditions": conditions, "change": change, "split": args.split, "names": names, **settings}
-        cli.write_json(args.out / "edits.json", about)
     print(f"{cli.count(len(chosen), 'image')} with {args.set}, and unchanged, in {args.out}")
+
+
+def open_edits(out, about):
+    """Writes OUT/edits.json. Refuses a folder that holds anything but these edits, since images that exist are not made
+    again."""
+    table = out / "edits.json"
+    if not table.exists():
+        cli.refuse_filled(out)
+        cli.write_json(table, about)
+    before = cli.read_json(table)
+    for key in about:
+        if before.get(key) != about[key]:
+            raise InputError(f"{out} holds edits of another command, with other {key}; name another --out")
+
+
+def missing_batches(folder, count, batch):
+    """The batches, as ranges of numbers, of which FOLDER/images lacks an image. The division does not depend on which
+    exist: images differ by rounding errors with the size of their batch."""
+    parts = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    return [part for part in parts if not all((folder / f"images/{i:05}.png").exists() for i in part)]
+
+
+def checksum(records):
+    """Sixteen hex digits that change with the metadata or the file of an image."""
+    digest = hashlib.sha256()
+    for record in records:
+        content = Path(record["path"]).read_bytes()
+        digest.update(json.dumps([record["patient"], metadata(record)]).encode() + hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def metadata(record):

@@ -11,7 +11,9 @@ import functools
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import stat
 import sys
 import time
@@ -122,20 +124,45 @@ def new_path(text):
 @contextlib.contextmanager
 def whole_file(path):
     """A temporary name to write to. The file becomes `path` when the block ends without an error, and is deleted
-    otherwise. Makes the folder. `path` must be new or a regular file: a device or a link is refused, not replaced."""
+    otherwise. Makes the folder. `path` must be new or a regular file: a device or a link is refused, not replaced.
+    Each process has a name of its own: of two that write the same file at a time, one file stays, and it is whole."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise InputError(f"{path}: neither a new name nor a regular file, so it is not written over")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    delete_left(path.parent)
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # it may be a link too
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        other = error.filename and str(error.filename) != str(temporary)      # that the block reads
+        raise OSError(error.errno, error.strerror, str(error.filename if other else path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache  # once for each folder: a list of its files for every file written would take too long
+def delete_left(folder):
+    """Deletes the temporary files of whole_file that processes of this machine left in a folder when they were
+    killed."""
+    mark = f".{platform.node()}-"
+    for file in folder.glob("*.tmp"):
+        before, _, process = file.name.removesuffix(".tmp").rpartition(mark)
+        if before and process.isdecimal() and len(process) < 10 and not is_running(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def is_running(process):
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)                                          # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:                                                  # another user's
+        pass
+    return True
 
 
 def write_text(path, text):
@@ -143,8 +170,17 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def copy_file(source, path):
+    with whole_file(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_json(path, value):
-    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value):
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def finite(value):
@@ -192,6 +228,12 @@ def locked(folder):
         yield folder
     finally:
         os.close(handle)
+
+
+def refuse_filled(folder):
+    """Refuses a folder, or a file in its place, for a command that fills a new one: old and new files would mix."""
+    if folder.exists() and not (folder.is_dir() and all(file.name.endswith(".tmp") for file in folder.iterdir())):
+        raise InputError(f"{folder}: {'not empty' if folder.is_dir() else 'a file'}; name a new folder with --out")
 
 
 def new_folder(name):

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from common.cli import InputError, read_json, whole_file, write_json
+from common.cli import InputError, json_text, read_json, whole_file
 
 
 def find(place, *names):
@@ -83,10 +83,15 @@ def not_found(place, text):
 
 def save_model(model, folder, dtype=torch.bfloat16):
     """Writes model.config and the model's tensors into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(model.state_dict(), folder / "model.safetensors", dtype)
-    write_json(folder / "config.json", dataclasses.asdict(model.config))
+    save_parts(model.state_dict(), dataclasses.asdict(model.config), folder, dtype)
+
+
+def save_parts(tensors, config, folder, dtype=torch.bfloat16):
+    """Writes tensors and a configuration as a model's folder. Both are on the disk before either gets its name, so that
+    a kill or a full disk leaves no new weights beside an old configuration."""
+    with whole_file(Path(folder) / "config.json") as temporary:
+        temporary.write_text(json_text(config), encoding="utf-8")
+        save_tensors(tensors, Path(folder) / "model.safetensors", dtype)
 
 
 def save_tensors(tensors, path, dtype=torch.bfloat16):

@@ -32,7 +32,9 @@ MODEL = "a classifier: a folder that fit wrote, or its name on the Hub"
 
 
 def training_settings(args):
-    """TrainConfig, and the EncoderConfig of a model from scratch."""
+    """TrainConfig, and the EncoderConfig of a model from scratch. Refuses data without one of the splits."""
+    for split in SPLITS:                                             # the test comes after hours of training
+        data.Radiographs(args.data, split)
     side = data.Radiographs(args.data)[0].shape[-1]
     if args.width % 64:
         raise InputError(f"--width {args.width} is not a multiple of 64")
@@ -53,6 +55,8 @@ def fit_command(args):
 
 def utility_command(args):
     cfg, config = training_settings(args)
+    data.Radiographs([*args.data, *args.synthetic], "train")         # of one size
+    data.Radiographs(args.synthetic, "train")
     if args.resnet:
         config = resnet.ResNetConfig()
     report_tables(classifier.utility(args.data, args.synthetic, args.out, cfg, config), args.json)

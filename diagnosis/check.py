@@ -125,8 +125,7 @@ def write_checked(out, images, records, seeds, settings):
     """A folder like one of sample.py, every file of which says that its images were selected."""
     names = [f"{i:0{max(4, len(str(len(images) - 1)))}}" for i in range(len(images))]
     with cli.locked(out):
-        if any(out.iterdir()):
-            raise InputError(f"{out}: not empty; name another --out")
+        cli.refuse_filled(out)
         (out / "images").mkdir()
         for name, image, record, seed in zip(names, images, records, seeds):
             sample.write_image(out, name, image, record, seed, settings)
@@ -137,6 +136,8 @@ def write_checked(out, images, records, seeds, settings):
 def check(folder, model_folder, weights, out):
     """Reports the contradictions in a sample's folder; with `out`, makes those images anew there. Returns the
     report."""
+    if out:
+        cli.refuse_filled(out)                                       # before the work, and again when it is locked
     settings, dataset, records, seeds = read_sample(folder)
     judge = classifier.load(model_folder)
     make = load_sampler(folder, weights) if out else None            # before the work, so that errors come first

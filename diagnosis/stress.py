@@ -145,6 +145,8 @@ def read_edits(folder):
     change = about.get("change")
     if not isinstance(change, dict) or len(change) != 1 or not {"conditions", "split", "names"} <= set(about):
         raise InputError(f"{folder}: no edits.json of python -m causal edit-all in it")
+    if not all((Path(folder) / name / "index.csv").is_file() for name in ("unchanged", "edited")):
+        raise InputError(f"{folder}: unfinished; the same python -m causal edit-all continues")
     return about
 
 

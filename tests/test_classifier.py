@@ -280,3 +280,18 @@ def test_without_torchvision_a_resnet_is_refused(source, tmp_path, command, monk
 def test_bad_arguments(source, tmp_path, command, arguments, message):
     status, _, errors = command("diagnosis", "fit", source, "--out", tmp_path / "out", *arguments)
     assert status == 2 and message in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+def test_data_without_a_split_are_refused_before_the_training(source, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(classifier, "fit", pytest.fail)
+    few = write_source(tmp_path / "few", 4, 0, split="valid")
+    header, *rows = (few / "index.csv").read_text().splitlines()
+    for split in ("test", "valid", "train"):
+        others = [other for other in ("test", "valid", "train") if other != split]
+        lines = [row.replace("valid", others[i % 2]) for i, row in enumerate(rows)]
+        (few / "index.csv").write_text("\n".join([header, *lines]))
+        for more in (["fit"], ["utility", "--synthetic", source]):
+            status, _, errors = command("diagnosis", more[0], few, *more[1:], "--out", tmp_path / "out")
+            assert status == 2 and errors.endswith(f"no image in the split {split}\n"), errors
+    status, _, errors = command("diagnosis", "utility", source, "--synthetic", few, "--out", tmp_path / "out")
+    assert status == 2 and errors.endswith("no image in the split train\n") and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -70,15 +71,47 @@ def test_links_devices_and_folders_are_not_written_over(tmp_path):
 
 def test_a_temporary_name_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "target").write_text("kept")
-    (tmp_path / "a.json.tmp").symlink_to("target")
+    with cli.whole_file(tmp_path / "a.json") as temporary:
+        temporary.touch()
+    temporary.symlink_to("target")
     cli.write_json(tmp_path / "a.json", {"x": 1})
     assert (tmp_path / "target").read_text() == "kept" and cli.read_json(tmp_path / "a.json") == {"x": 1}
+
+
+def test_two_processes_that_write_one_file_leave_one_of_both_whole(tmp_path, monkeypatch):
+    """The second writes and ends while the first is half way."""
+    process = os.getpid()
+    with cli.whole_file(tmp_path / "a.txt") as first:
+        first.write_text("half")
+        monkeypatch.setattr(os, "getpid", lambda: process + 1)
+        cli.write_text(tmp_path / "a.txt", "second")
+        assert (tmp_path / "a.txt").read_text() == "second" and first.read_text() == "half"
+        first.write_text("first, whole")
+    assert (tmp_path / "a.txt").read_text() == "first, whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_next_command_deletes_what_killed_ones_left_and_nothing_else(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host, others = platform.node(), []
+    (tmp_path / f"b.png.{host}-{ended.pid}.tmp").write_text("half")
+    for name in (f"c.png.{host}-{os.getppid()}.tmp", f"d.png.elsewhere-{ended.pid}.tmp", "e.tmp", f"f.{host}-x.tmp"):
+        others.append(tmp_path / name)
+        others[-1].touch()
+    cli.write_text(tmp_path / "a.txt", "x")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "a.txt"])
 
 
 def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError) as caught, cli.whole_file(tmp_path / "a.bin"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())
+    with pytest.raises(OSError) as caught, cli.whole_file(tmp_path / "a.json"), cli.whole_file(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())   # the inner one of two
+    with pytest.raises(OSError) as caught:
+        cli.copy_file(tmp_path / "missing", tmp_path / "a")
+    assert caught.value.filename == str(tmp_path / "missing")
 
 
 def test_json_has_no_nan(tmp_path):

@@ -16,6 +16,8 @@ import data
 import radit
 import sample
 from causal import edit, edit_command
+from common import cli
+from diagnosis import stress
 from radiographs import dicom, fields, pixels
 
 OLD = {"age": 40.0, "sex": "male", "cardiomegaly": "negative"}
@@ -272,6 +274,9 @@ def test_the_command_writes_the_pictures(tmp_path, command):
         "difference.png", "edit.png", "original.png", "reconstruction.png", "sheet.png"]
     assert Image.open(tmp_path / "out/sheet.png").size[0] == 4 * 384 \
         and Image.open(tmp_path / "out/edit.png").text["Synthetic"] == "yes"
+    status, _, errors = command("causal", "edit", tmp_path / "a.png", "--set", "pneumonia=positive", "--steps", 1,
+                                "--out", tmp_path / "out")
+    assert status == 2 and errors.endswith("out: not empty; name a new folder with --out\n")
     a, b = (pixels.load_image(tmp_path / f"out/{name}.png") for name in ("reconstruction", "edit"))
     shown = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)
     brighter, darker = ((b - a)[0] > 0.05).numpy(), ((b - a)[0] < -0.05).numpy()
@@ -355,6 +360,25 @@ def test_many_images_are_edited_for_the_stress_test(phantoms, tmp_path, monkeypa
         assert torch.equal(unchanged[i], pixels.load_image(phantoms / "images" / name))
         where = (edited[i] != unchanged[i]).nonzero().tolist()
         assert where == [[0, 3, 3]]
+    made = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "out/edited/images/00004.png").unlink()              # as if killed before the last image
+    (tmp_path / "out/edited/index.csv").unlink()
+    with pytest.raises(cli.InputError, match="unfinished; the same python -m causal edit-all continues"):
+        stress.read_edits(tmp_path / "out")
+    with cli.locked(tmp_path / "out"):
+        status, _, errors = command("causal", "edit-all", phantoms, *arguments, "--out", tmp_path / "out")
+        assert status == 2 and "another command is filling this folder" in errors
+    status, output, errors = command("causal", "edit-all", phantoms, *arguments, "--out", tmp_path / "out")
+    assert status == 0, errors
+    assert made == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled/sample.json").touch()
+    for more, out, message in ((["--steps", 2], "out", "edits of another command, with other steps"),
+                               (["--batch", 3], "out", "with other batch"), (["--n", 4], "out", "with other names"),
+                               ([], "filled", "not empty; name a new folder")):
+        status, _, errors = command("causal", "edit-all", phantoms, *arguments, *more, "--out", tmp_path / out)
+        assert status == 2 and message in errors and len(errors.splitlines()) == 1
+    assert made == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     for arguments, message in ((["--set", "sex=unknown"], "unknown is not a value"),
                                (["--from", "age=200", "--set", "sex=male"], "age"),
                                (["--from", "sex=male", "--set", "sex=male"], "no image of the split valid has")):

@@ -121,7 +121,7 @@ def test_the_command_reports_every_change(edits, command, monkeypatch):
                                      "--model", edits / "model0", "--model", edits / "model1",
                                      "--json", edits / "r.json")
     assert status == 0, errors
-    assert "24 edited images, 24 real ones of the other group (sex=female), 1 findings, 2 models" in output
+    assert "24 edited images, 24 real ones of the other group (sex=female), 1 finding, 2 models" in output
     report = json.loads((edits / "r.json").read_text())[str(edits / "edits")]
     assert report["findings"] == ["edema"]                           # of pneumonia nothing is known
     rows = {row["change"]: row for row in report["rows"]}

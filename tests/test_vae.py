@@ -186,7 +186,7 @@ def test_a_copy_keeps_the_fingerprint_whatever_the_file_was_called(small_flux2, 
     folder, _ = small_flux2
     (folder / "ae.safetensors").rename(folder / "flux2-vae.sft")
     for place in (folder, "nowhere"):
-        with pytest.raises(cli.InputError, match="no VAE in it"):
+        with pytest.raises(cli.InputError, match="no VAE in it|no such folder here"):
             load_vae(place)
     copy_vae(folder / "flux2-vae.sft", tmp_path / "copy")
     original, again = load_vae(folder / "flux2-vae.sft"), load_vae(tmp_path / "copy")

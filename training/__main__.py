@@ -4,7 +4,6 @@
     python -m training export runs/radit weights/mine
 """
 import argparse
-import shutil
 from pathlib import Path
 
 from common import cli
@@ -38,8 +37,6 @@ def main():
     if args.command == "plan":
         return plan.show(args)
     about = checkpoint.export(args.run, args.out, args.ema)
-    if about["config"].get("vae"):
-        shutil.copytree(args.run / "weights" / "vae", args.out / "vae", dirs_exist_ok=True)
     print(f"{args.out}: {args.run} after {cli.count(about['images'], 'image')}, averaged with a half-life of "
           f"{cli.count(about['half_life'], 'image')}")
 

@@ -245,7 +245,7 @@ def best_average(run, about):
 
 def export(run, out, half_life=None):
     """Writes an average of the weights from a run's newest checkpoint to OUT/radit or OUT/vae: the one with that
-    half-life, or the best one. One tensor at a time is held in float32. Returns the content of checkpoint.json, with
+    half-life, or the best one; the VAE of a run on latents as well. One tensor at a time is held in float32. Returns the content of checkpoint.json, with
     the chosen "half_life" added."""
     folder, about = newest(run)
     if not folder:
@@ -263,8 +263,9 @@ def export(run, out, half_life=None):
             one = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
             read(folder, one, alone=True)
             tensors[name.removeprefix(prefix)] = one[name].bfloat16() if one[name].is_floating_point() else one[name]
-    place = Path(out) / about["name"]
-    place.mkdir(parents=True, exist_ok=True)
-    hub.save_tensors(tensors, place / "model.safetensors")
-    cli.write_json(place / "config.json", about["config"])
+    with cli.locked(out):
+        hub.save_parts(tensors, about["config"], Path(out) / about["name"])
+        if about["config"].get("vae"):
+            for file in sorted((Path(run) / "weights" / "vae").iterdir()):
+                cli.copy_file(file, Path(out) / "vae" / file.name)
     return about | {"half_life": half_lives[number] if half_lives else None}
