@@ -245,8 +245,8 @@ def best_average(run, about):
 
 def export(run, out, half_life=None):
     """Writes an average of the weights from a run's newest checkpoint to OUT/radit or OUT/vae: the one with that
-    half-life, or the best one; the VAE of a run on latents as well. One tensor at a time is held in float32. Returns the content of checkpoint.json, with
-    the chosen "half_life" added."""
+    half-life, or the best one; the VAE of a run on latents as well. One tensor at a time is held in float32. Returns
+    the content of checkpoint.json, with the chosen "half_life" added."""
     folder, about = newest(run)
     if not folder:
         raise InputError(f"{run}: no complete checkpoint in {Path(run) / 'checkpoints'}")
