@@ -8,6 +8,8 @@
 
 Self-attention over all cells follows the blocks of the coarse levels. The paper (arXiv 2606.19460) names the baseline,
 0.5B parameters on latents and 0.3B on pixels, but not its structure: this one is ADM's, and the sizes are ours.
+On simulated radiographs its XS and RadiT's end alike at equal operations, after two minutes of training on a CPU
+(benchmarks/results/radunet-cpu.txt); on real ones and at other sizes: not measured.
 Sources: Ronneberger et al. 2015 (U-Net), Dhariwal and Nichol 2021 (ADM: adaptive group normalisation, attention).
 Shapes: N images, C channels, H x W cells, D width of the condition, w channels of a level, h x w cells of a level.
 
