@@ -86,8 +86,8 @@ def add_radit_options(p):
                    help="what the network predicts, see flow.py; velocity for latents and data for pixels if not given")
     p.add_argument("--encoder", type=Path,
                    help="with --pixels: a perceptual loss on the predicted image too, in the last layer of this "
-                        "encoder: microsoft/rad-dino or weights/demo/classifier; in a short race on a CPU FDD was lower "
-                        "with it, sharpness was not better (benchmarks/results/pixels-perceptual-cpu.txt)")
+                        "encoder: microsoft/rad-dino or weights/demo/classifier; in a short race on a CPU FDD was "
+                        "lower with it, sharpness was not better (benchmarks/results/pixels-perceptual-cpu.txt)")
     p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=FLOW_WEIGHT,
                    help="with --encoder: weight of the perceptual loss; %(default)s as published")
     p.add_argument("--shift", type=cli.number(0.01, 100),
