@@ -139,6 +139,8 @@ def whole_file(path):
     except OSError as error:
         other = error.filename and str(error.filename) != str(temporary)      # that the block reads
         raise OSError(error.errno, error.strerror, str(error.filename if other else path)) from error
+    except safetensors.SafetensorError as error:                     # says "No space left on device" in its own way
+        raise safetensors.SafetensorError(f"{path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -200,11 +200,12 @@ def build(real, synthetic, out, design="pairs", pairs=50, presentations=None, ma
     check_sides(matched)
     study, images, key = make_study(matched, arrays, design, presentations, margin, quiz, seed)
     key_path = out.with_suffix(".key.json")
-    if key_path.exists() and read_key(key_path)["id"] != key["id"]:
-        raise InputError(f"{key_path} is the key of another study, whose results would be lost with it; "
-                         "give another --out")
-    cli.write_json(key_path, key)
-    write_page(out, study, images, key)
+    with cli.locked(out.parent):                                     # the page and the key belong together
+        if key_path.exists() and read_key(key_path)["id"] != key["id"]:
+            raise InputError(f"{key_path} is the key of another study, whose results would be lost with it; "
+                             "give another --out")
+        cli.write_json(key_path, key)
+        write_page(out, study, images, key)
     size, times = study["size"], cli.count(presentations, "presentation")
     print(f"{out}: {cli.count(len(study['questions']), 'question')} in {times}, images of {size}x{size}, "
           f"{out.stat().st_size / 1e6:.1f} MB; for the readers")

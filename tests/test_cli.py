@@ -109,6 +109,8 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError) as caught, cli.whole_file(tmp_path / "a.json"), cli.whole_file(tmp_path / "a.bin"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())   # the inner one of two
+    with pytest.raises(safetensors.SafetensorError, match="a.bin: No space"), cli.whole_file(tmp_path / "a.bin"):
+        raise safetensors.SafetensorError("No space left on device")
     with pytest.raises(OSError) as caught:
         cli.copy_file(tmp_path / "missing", tmp_path / "a")
     assert caught.value.filename == str(tmp_path / "missing")

@@ -260,6 +260,8 @@ def test_real_images_must_be_held_out(folders, tmp_path):
 def test_a_key_is_not_overwritten_by_another_study(folders, tmp_path):
     make(*folders, tmp_path / "page.html", "--pairs", 4, "--seed", 1)
     before = (tmp_path / "page.key.json").read_bytes()
+    with cli.locked(tmp_path), pytest.raises(InputError, match="another command is filling this folder"):
+        make(*folders, tmp_path / "page.html", "--pairs", 4, "--seed", 1)
     with pytest.raises(InputError, match="is the key of another study"):
         make(*folders, tmp_path / "page.html", "--pairs", 4, "--seed", 2)
     assert (tmp_path / "page.key.json").read_bytes() == before

@@ -350,6 +350,9 @@ def test_a_damaged_log_is_one_line(tmp_path):
     (["radit", "--latents", "nowhere", "--vae", "here", "--patch", "2"], "--patch 2: a token is one cell of a latent"),
     (["radit", "--pixels", "--lora-alpha", "2"], "--lora-alpha 2 scales adapters; it needs --lora-rank"),
     (["vae", "--lora-alpha", "2"], "--lora-alpha 2 scales adapters; it needs --base"),
+    (["vae", "--lora-rank", "2"], "--lora-rank 2: adapters change a trained VAE; name it with --base"),
+    (["vae", "--perceptual-weight", "0"], "--perceptual-weight 0: no perceptual loss without --encoder"),
+    (["radit", "--pixels", "--perceptual-weight", "1"], "--perceptual-weight 1: no perceptual loss without --encoder"),
     (["radit", "--pixels", "--encoder", "nowhere"], "nowhere: no such folder here"),
     (["radit"], "one of the arguments --latents --pixels is required"),
     (["radit", "--pixels", "--size", "M"], "XS, S, B")])

@@ -88,8 +88,8 @@ def add_radit_options(p):
                    help="with --pixels: a perceptual loss on the predicted image too, in the last layer of this "
                         "encoder: microsoft/rad-dino or weights/demo/classifier; in a short race on a CPU FDD was "
                         "lower with it, sharpness was not better (benchmarks/results/pixels-perceptual-cpu.txt)")
-    p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=FLOW_WEIGHT,
-                   help="with --encoder: weight of the perceptual loss; %(default)s as published")
+    p.add_argument("--perceptual-weight", type=cli.number(0, 1e6),
+                   help=f"with --encoder: weight of the perceptual loss; {FLOW_WEIGHT} as published if not given")
     p.add_argument("--shift", type=cli.number(0.01, 100),
                    help="time shift of flow.py: above 1 towards noise, for many tokens; 1 if not given")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=bool(shutil.which("g++")),
@@ -124,13 +124,15 @@ def add_vae_options(p):
     p.add_argument("--kl-weight", type=cli.number(0, 1e6), default=3e-4, help="weight of the loss's KL term")
     p.add_argument("--encoder", type=Path,
                    help="microsoft/rad-dino or weights/demo/classifier: for held-out measures and the perceptual loss")
-    p.add_argument("--perceptual-weight", type=cli.number(0, 1e6), default=PUBLISHED_WEIGHT,
-                   help="weight of the perceptual loss; %(default).2f as published, 0 only measures it")
+    p.add_argument("--perceptual-weight", type=cli.number(0, 1e6),
+                   help=f"with --encoder: weight of the perceptual loss; {PUBLISHED_WEIGHT:.2f} as published if not "
+                        "given, 0 only measures it")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--init", type=Path, help="continue from these weights: a VAE's folder, or its name on the Hub")
     start.add_argument("--base", type=Path,
                        help="train a LoRA on the decoder of this VAE, such as black-forest-labs/FLUX.2-klein-4B")
-    p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4), default=32, help="with --base: rank of the adapters")
+    p.add_argument("--lora-rank", type=cli.integer(1, 10 ** 4),
+                   help="with --base: rank of the adapters; 32 if not given")
     p.add_argument("--lora-alpha", type=cli.number(1e-6, 1e6),
                    help="adapters are scaled by alpha / rank; if not given, alpha is the rank")
 
@@ -161,8 +163,17 @@ def read_options():
                 parser.error(f"--{name} {getattr(args, name)}: with --init it is that of the weights; leave it out")
     if args.command == "radit":
         check_radit_options(parser, args)
-    elif args.lora_alpha and not args.base:
+    elif args.base:
+        args.lora_rank = args.lora_rank or 32
+    elif args.lora_rank:
+        parser.error(f"--lora-rank {args.lora_rank}: adapters change a trained VAE; name it with --base")
+    elif args.lora_alpha:
         parser.error(f"--lora-alpha {args.lora_alpha:g} scales adapters; it needs --base")
+    if args.perceptual_weight is None:
+        args.perceptual_weight = PUBLISHED_WEIGHT if args.command == "vae" else FLOW_WEIGHT
+    elif not args.encoder:
+        parser.error(f"--perceptual-weight {args.perceptual_weight:g}: no perceptual loss without --encoder; give that "
+                     "too")
     if args.command == "vae" or not args.dry_run:
         parallel.micro_batch(cfg.batch, cfg.accumulate)
     return args, cfg
