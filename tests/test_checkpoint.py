@@ -167,6 +167,12 @@ def test_what_is_not_finite_is_never_written(tmp_path, monkeypatch):
     assert [line["images"] for line in log_of(tmp_path / "run")] == [8, 16]
 
 
+def test_checkpoints_come_as_often_as_asked_whatever_the_log_does(tmp_path):
+    cfg = TrainConfig(images=100, batch=4, lr=1e-2, warmup=0, log_every=7, save_every=5, keep=10)
+    job.seen_job(cfg, tmp_path / "run")
+    assert [folder.name for folder in checkpoint.complete(tmp_path / "run")] == ["20", "40", "60", "80", "100"]
+
+
 def test_export_is_the_ema_as_sample_reads_it(tmp_path):
     """Of a run of two processes, sharded, its blocks computed twice: nothing of that is left in the names."""
     cfg = TrainConfig(images=32, batch=8, lr=3e-3, warmup=0, ema=(50,), log_every=4, save_every=4)
