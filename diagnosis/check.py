@@ -12,6 +12,7 @@ them says nothing of the weights. So the redrawn images go to a folder of their 
 Source: the quality control of RoentGen-v2 (Moroianu et al. 2025), which keeps images whose sex, race and age its
 classifiers confirm.
 """
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,16 @@ def read_sample(folder):
     if not (folder / "sample.json").is_file() or not (folder / "metadata.csv").is_file():
         raise InputError(f"{folder}: no sample.json or no metadata.csv, so this is not a finished folder of sample.py")
     settings, images = cli.read_json(folder / "sample.json"), data.Radiographs([folder], None)
-    seeds = [int(row["seed"]) for row in read_table(folder / "metadata.csv")]
+    valid = {"steps": (int,), "guidance": (int, float), "solver": (str,), "interval": (list,), "precision": (str,)}
+    for key, kinds in valid.items():
+        if type(settings.get(key)) not in kinds or settings.get("solver") not in ("euler", "heun"):
+            raise InputError(f"{folder / 'sample.json'}: damaged, since sample.py writes another value of {key}")
+    seeds = []
+    for row in read_table(folder / "metadata.csv"):
+        try:
+            seeds.append(cli.integer(0, 2 ** 62)(row.get("seed", "")))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{folder / 'metadata.csv'}, line {row.line}: seed {error}") from None
     if len(seeds) != len(images):
         raise InputError(f"{folder}: {len(images)} images in index.csv, {len(seeds)} rows in metadata.csv")
     records = [{field: record[field] for field in fields.FIELDS if field in record} for record in images.records]

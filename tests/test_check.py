@@ -94,6 +94,18 @@ def test_contradicted_images_are_made_anew_in_a_folder_that_says_so(folder, monk
     assert command("diagnosis", "check", folder, "--redraw")[0] == 2                         # nothing is written over
 
 
+@pytest.mark.parametrize("name, old, new, message", [
+    ("metadata.csv", ",11,", ",x,", "metadata.csv, line 3: seed 'x' is not a whole number"),
+    ("sample.json", '"steps": 3', '"steps": "x"', "damaged, since sample.py writes another value of steps"),
+    ("sample.json", '"interval"', '"other"', "another value of interval")])
+def test_damaged_tables_of_a_sample_are_named(folder, command, name, old, new, message):
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace(old, new, 1))
+    assert old in text
+    status, _, errors = command("diagnosis", "check", folder)
+    assert status == 2 and message in errors and len(errors.splitlines()) == 1
+
+
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, command):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sample, "load_weights", lambda folder: (None, None))
