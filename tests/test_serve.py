@@ -95,7 +95,8 @@ def test_nothing_asked_takes_examples_as_the_command_does(server):
     ({"metadata": {"<b>": "x"}}, "unknown field '<b>'"),
     ({"metadata": {"view": "LATERAL"}}, "view=LATERAL was not covered"),
     ({"metadata": {"race": "white"}}, "says nothing of race"), ({"metadata": {"age": 1e999}}, "age 'inf'"),
-    ({"metadata": {"age": "old"}}, "age 'old' is not a number"), ({"metadata": {"age": "100"}}, "age 100 was not covered"),
+    ({"metadata": {"age": "old"}}, "age 'old' is not a number"),
+    ({"metadata": {"age": "100"}}, "age 100 was not covered"),
     ({"metadata": {"sex": ["male"]}}, "field to value"), ({"metadata": ["male"]}, "a form has n, steps"),
     ({"more": 1}, "a form has n, steps")])
 def test_hostile_forms_are_one_line_and_400(server, change, message):
