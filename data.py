@@ -314,8 +314,9 @@ def main():
         raise
     taken = count(counts["taken"], "row" if args.metadata_only else "image")
     rejected = rejected_path(args.source, args.out)
-    print(f"{taken} in {args.out}/index.csv, {counts['rejected']} rejected (see {rejected}), "
-          f"{counts['missing']} in the tables but not there")
+    print(f"{taken} in {args.out}/index.csv, {counts['rejected']:,} rejected (see {rejected})")
+    if counts["missing"]:
+        print(f"{counts['missing']:,} more are in the tables and not below {args.root}, as after downloading a part")
     print(f"next: python data.py stats {args.out}")
     if counts["synthetic"]:
         print(f"warning: {counts['synthetic']} of these images say that they are synthetic. The index does not tell "

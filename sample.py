@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -297,7 +298,7 @@ def parse_arguments():
 
 def requested_images(args, cfg):
     """The record and the seed of each image that the options ask for, and notes: sentences about fields that were
-    changed or left unknown."""
+    changed or left unknown, and values that were never trained together."""
     given = {field: getattr(args, field) for field in FLAGS if getattr(args, field) is not None}
     for field, text in given.items():
         if not text.strip():
@@ -322,6 +323,10 @@ def requested_images(args, cfg):
     covered = fields.only_covered(records, cfg.covered)
     if left_out := fields.list_left_out(records, covered):
         notes.append(f"left unknown, because these weights were not trained on it: {left_out}")
+    if items or args.metadata:
+        apart = Counter(fields.never_together(record, cfg.pairs) for record in covered)
+        notes += [f"{cli.count(number, 'image')}: no training image had {' and '.join(pair)} together"
+                  for pair, number in apart.most_common(6) if pair]
     return covered, seeds, notes
 
 

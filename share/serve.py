@@ -84,6 +84,8 @@ def parse_form(body, cfg):
     record = fields.drop_unknown(record)
     fields.check_covered(record, cfg.covered)
     record, notes = fields.resolve_request(record)
+    if apart := fields.never_together(record, cfg.pairs):
+        notes.append(f"no training image had {' and '.join(apart)} together")
     return record, notes, {name: form[name] for name in LIMITS}
 
 

@@ -365,6 +365,15 @@ def test_wishes_that_contradict_each_other_go_through_the_label_policy(tmp_path,
         assert records == [{"no_finding": "negative", "pneumonia": "positive"}] * n and note in notes
 
 
+def test_what_was_never_trained_together_is_said(monkeypatch):
+    """Kermany's images are of children, and say no age."""
+    model = hub.load_model(radit.RadiT, radit.RadiTConfig, sample.DEMO / "radit")
+    for more, notes in ((["--age", "60"], ["3 images: no training image had dataset=kermany and age=60-79 together"]),
+                        (["--view", "AP"], [])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--n", "3", "--dataset", "kermany", *more])
+        assert sample.requested_images(sample.parse_arguments(), model.config)[2] == notes
+
+
 def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
     main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--bf16")
     # shift 2 takes 0, 1/4, 1/2, 3/4 to 0, 1/7, 1/3, 3/5: three of four are guided
