@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
 import torch
+
+# Jobs in the background ignore Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

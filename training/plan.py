@@ -71,7 +71,7 @@ def activations(cfg, images, kept, bf16=True):
 def recomputed_flops(cfg, kept):
     """Operations of one image that the backward pass computes again."""
     if kept == "compiled, recomputed":
-        return cfg.depth * 2 * cfg.tokens * (4 * cfg.width ** 2 + 2 * cfg.width * cfg.hidden)  # qkv, out and up
+        return cfg.depth * 2 * cfg.tokens * (cfg.width ** 2 + 2 * cfg.width * cfg.hidden)  # out and up
     return radit.count_flops(cfg) if kept == "eager, recomputed" else 0
 
 
