@@ -58,6 +58,7 @@ def run(main):
         print(f"{program_name()}: error: out of memory: {str(error)[:200]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda unraisable: None  # a progress bar that was half made complains when it is deleted
         sys.exit(130)
 
 

@@ -1,6 +1,7 @@
 """What every command shares: values of options, files written whole, locked folders, exit statuses, threads."""
 import argparse
 import errno
+import gc
 import importlib
 import json
 import os
@@ -210,6 +211,25 @@ def test_what_a_user_can_cause_is_one_line_and_a_status(monkeypatch, capsys, err
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
     assert stop.value.code == status and capsys.readouterr().err == f"sample.py: error: {text}\n"
+
+
+def test_what_ctrl_c_left_half_made_says_nothing(monkeypatch):
+    class HalfMade:
+        def __del__(self):
+            raise AttributeError("no attribute 'pos'")
+
+    def main():
+        bar = HalfMade()
+        raise KeyboardInterrupt(bar)
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 130
+    del stop
+    gc.collect()
+    assert not said
 
 
 def test_a_command_that_is_a_folder_is_named_as_it_is_called(command):
