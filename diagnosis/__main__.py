@@ -33,9 +33,8 @@ MODEL = "a classifier: a folder that fit wrote, or its name on the Hub"
 
 def training_settings(args):
     """TrainConfig, and the EncoderConfig of a model from scratch. Refuses data without one of the splits."""
-    for split in SPLITS:                                             # the test comes after hours of training
-        data.Radiographs(args.data, split)
-    side = data.Radiographs(args.data)[0].shape[-1]
+    images = [data.Radiographs(args.data, split) for split in SPLITS]  # the test comes after hours of training
+    side = images[0][0].shape[-1]
     if args.width % 64:
         raise InputError(f"--width {args.width} is not a multiple of 64")
     if side % args.patch:

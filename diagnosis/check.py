@@ -73,9 +73,10 @@ def read_sample(folder):
     if not (folder / "sample.json").is_file() or not (folder / "metadata.csv").is_file():
         raise InputError(f"{folder}: no sample.json or no metadata.csv, so this is not a finished folder of sample.py")
     settings, images = cli.read_json(folder / "sample.json"), data.Radiographs([folder], None)
-    valid = {"steps": (int,), "guidance": (int, float), "solver": (str,), "interval": (list,), "precision": (str,)}
-    for key, kinds in valid.items():
-        if type(settings.get(key)) not in kinds or settings.get("solver") not in ("euler", "heun"):
+    kinds = {"steps": (int,), "guidance": (int, float), "solver": (str,), "interval": (list,), "precision": (str,)}
+    for key in kinds:
+        value = settings.get(key)
+        if type(value) not in kinds[key] or (key == "solver" and value not in ("euler", "heun")):
             raise InputError(f"{folder / 'sample.json'}: damaged, since sample.py writes another value of {key}")
     seeds = []
     for row in read_table(folder / "metadata.csv"):

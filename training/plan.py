@@ -6,8 +6,8 @@ Everything is computed from the structure of radit.py; no weight is built and no
 N images on a GPU at a time, T tokens of an image, D width, H SwiGLU's inner width, h heads.
 
     FLOPs   3 x forward's (backward computes two products for each of forward's), and what is computed again with
-            --recompute: if compiled, the products that torch's memory budget leaves out (qkv, out and up), otherwise
-            all of forward's
+            --recompute: if compiled, the products that torch's memory budget leaves out (out and up), otherwise all of
+            forward's
     state   bytes per parameter: weights 4, gradients 4, AdamW's two moments 8, and 4 for each of two EMAs, all float32;
             FSDP divides them by G
     copies  of the weights in bfloat16: DDP under autocast holds all (2 P); FSDP those of the current block and the next
