@@ -51,6 +51,7 @@ from radiographs import fields, pixels
 from training import checkpoint, dry_run, finetune, float8, parallel
 from training.examples import Examples, synthetic_metadata
 from training.log import Log, means
+from training.muon import Muon
 from training.options import read_options
 from training.randomness import RandomNumbers, batches, generator
 
@@ -108,7 +109,8 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
         # Clipping (foreach), fused AdamW and the averages' lerp (foreach) are few kernels already. torch.compile of the
         # three in one function took 0.87 to 1.05 of their time (CPU time, 10M parameters, five rounds) after 20 s of
         # compilation, so they are not compiled. Not measured on a GPU.
-        optimizer = torch.optim.AdamW(trainable_parameters(model), cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
+        optimizer = (Muon(model, cfg.lr, (0.9, 0.99)) if cfg.optimizer == "muon" else torch.optim.AdamW(
+            trainable_parameters(model), cfg.lr, (0.9, 0.99), weight_decay=0.0, fused=True))
         checkpoint.start_moments(optimizer)
         state = checkpoint.tensors_of(model, emas, optimizer)
         seen, averaged = checkpoint.resume(out, state, about, may_change)  # images; images when averages were updated
@@ -182,6 +184,7 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
             total, steps = {}, 0
         writer.wait()
         log.close()
+        log.log(f"done: {seen:,} images; weights in {out / 'weights'}")
         return emas[best]
 
 

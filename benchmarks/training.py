@@ -1,16 +1,16 @@
 """Whole training steps of RadiT beside diffusers' DiT of the same shape: images/s, FLOP/s as a share of what the
-device's matrix products reach in the same run, peak memory; compiled and not, with and without activation
-checkpointing.
+device's matrix products reach in the same run, peak memory; compiled and not, with --recompute and without, and with
+--fp8 where float8 works.
 
     pip install diffusers transformers
     python benchmarks/training.py --size XL --grid 32 --batch 16 [--channels 128] [--steps 10] [--rounds 3]
 
-A step is loss, backward, clipping, fused AdamW and the EMA in float32, on data that lie ready. The FLOPs of a training
-image are three times its forward pass's, by structure (radit.count_flops; for DiT torch's counter): what checkpointing
-computes twice counts once. The matrix rate is that of square products in the dtype of the training: the best on a CPU;
-on a GPU, which slows down when it is hot, over two seconds of products without a pause. On a CPU all times are CPU time
-of one thread. The variants take turns in processes of their own; the table gives the median of the rounds and their
-range.
+A step is loss, backward, clipping, fused AdamW and the EMA in float32, on data that lie ready. RadiT's blocks are
+treated as train.py treats them (parallel.Layout). The FLOPs of a training image are three times its forward pass's, by
+structure (radit.count_flops; for DiT torch's counter): what --recompute computes twice counts once. The matrix rate is
+that of square products in the dtype of the training: the best on a CPU; on a GPU, which slows down when it is hot, over
+two seconds of products without a pause. On a CPU all times are CPU time of one thread. The variants take turns in
+processes of their own; the table gives the median of the rounds and their range.
 """
 import statistics
 import sys
@@ -23,9 +23,10 @@ from transformer import arguments, build, conditions, now, peak_memory, ratio, s
 
 import flow
 from common import cli
+from training import float8, parallel
 
-VARIANTS = ("RadiT compiled", "RadiT compiled, checkpointing", "RadiT eager", "RadiT eager, checkpointing",
-            "DiT compiled", "DiT eager")
+VARIANTS = ("RadiT compiled", "RadiT compiled, recompute", "RadiT compiled, fp8", "RadiT eager",
+            "RadiT eager, recompute", "DiT compiled", "DiT eager")
 MATRIX = "matrix products"
 
 
@@ -51,8 +52,11 @@ def measure(name, args, queue):
     if name == MATRIX:
         return queue.put((matrix_seconds(device, bf16),))
     torch.manual_seed(0)
-    model, call, flops = build(name, args, args.channels)
-    model.to(device)
+    model, call, flops = build(name.split()[0], args, args.channels)
+    blocks = model.blocks if "RadiT" in name else model.transformer_blocks
+    parallel.set_up(model, 0, bf16, parallel.Layout(compiled=blocks if "compiled" in name else (),
+                                                    recomputed=blocks if "recompute" in name else (),
+                                                    float8=blocks if "fp8" in name else ()))
     average = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     x = torch.randn(args.batch, args.channels, args.grid, args.grid, device=device)
@@ -77,7 +81,13 @@ def main():
     parser.add_argument("--channels", type=cli.positive, default=128, help="of a token; 128 are FLUX.2's latents")
     args = parser.parse_args()
     print(f"{conditions(args)}, {args.channels} channels")
-    results = take_turns(measure, (MATRIX, *VARIANTS), args)
+    variants = VARIANTS
+    try:
+        float8.check(compiled=True)
+    except cli.InputError as why:
+        print(f"without RadiT compiled, fp8: {why}")
+        variants = [name for name in VARIANTS if "fp8" not in name]
+    results = take_turns(measure, (MATRIX, *variants), args)
     rate = 1 / statistics.median(seconds for seconds, in results.pop(MATRIX))
     print(f"matrix products: {rate / 1e12:.4g} TFLOP/s\n"
           f"{'':32}{'images/s':>26}{'model TFLOP/s':>16}{'of that rate':>14}{'peak memory':>14}")
@@ -85,7 +95,8 @@ def main():
         flops = statistics.median(args.batch * flops / median for median, flops, _ in rounds)
         print(f"{name:32}{spread([args.batch / median for median, *_ in rounds], digits=2):>26}{flops / 1e12:16.4g}"
               f"{flops / rate:14.1%}{max(peak for *_, peak in rounds):10.0f} MiB")
-    for ours, theirs in (("RadiT compiled", "DiT compiled"), ("RadiT eager", "DiT eager")):
+    for ours, theirs in (("RadiT compiled", "DiT compiled"), ("RadiT compiled, fp8", "DiT compiled"),
+                         ("RadiT eager", "DiT eager")):
         if ours in results and theirs in results:
             pair = [[median for median, *_ in results[name]] for name in (theirs, ours)]
             print(f"{ours} is {ratio(*pair)} times as fast as {theirs}")

@@ -10,7 +10,6 @@ rounds, and the table gives the median of the rounds and their range. Compilatio
 exact, and the same on any machine. A ratio above 1: RadiT is faster.
 """
 import argparse
-import functools
 import importlib.util
 import multiprocessing
 import resource
@@ -23,7 +22,6 @@ from queue import Empty
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,8 +34,7 @@ VARIANTS = ("RadiT eager", "RadiT compiled", "DiT eager", "DiT compiled")
 
 def build(name, args, channels=32):
     """The model on the CPU, call(model, x, t) that runs it on a batch, and the FLOPs of one image's forward pass. A
-    name holds "RadiT" or "DiT", and perhaps "compiled" and "checkpointing" (a block's activations are computed again in
-    backward)."""
+    name holds "RadiT" or "DiT", and perhaps "compiled"."""
     width, depth, heads = radit.SIZES[args.size]
     if name.startswith("RadiT"):
         config = radit.RadiTConfig(channels=channels, grid=(args.grid, args.grid), width=width, depth=depth,
@@ -64,8 +61,6 @@ def build(name, args, channels=32):
     for block in blocks:
         if "compiled" in name:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        if "checkpointing" in name:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model, call, flops
 
 

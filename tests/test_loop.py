@@ -97,15 +97,17 @@ def test_each_layout_continues_what_another_began(one, tmp_path):
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
-def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, layout):
+@pytest.mark.parametrize("layout, optimizer", [
+    ({}, "adamw"), pytest.param({}, "muon", marks=pytest.mark.slow),
+    pytest.param({"sharded": True}, "adamw", marks=pytest.mark.slow)], ids=["ddp", "muon", "fsdp"])
+def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, layout, optimizer):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert job.run(2, "radit", config(), whole, **layout) == [0, 0]
+    assert job.run(2, "radit", config(optimizer=optimizer), whole, **layout) == [0, 0]
     event = (1, 5, signal.SIGUSR1 if layout else signal.SIGTERM)     # the second process, in its fifth step
-    assert job.run(2, "radit", config(), stopped, event=event, **layout) == [train.STOPPED] * 2
+    assert job.run(2, "radit", config(optimizer=optimizer), stopped, event=event, **layout) == [train.STOPPED] * 2
     assert checkpoint.latest(stopped).name == "64"                   # the next step at which all are asked: 8
     assert (stopped / "stopped").exists()
-    assert job.run(2, "radit", config(), stopped, **layout) == [0, 0]
+    assert job.run(2, "radit", config(optimizer=optimizer), stopped, **layout) == [0, 0]
     assert log_of(stopped) == log_of(whole)                          # bit for bit
     assert not (stopped / "stopped").exists()
     identical(stopped, whole)

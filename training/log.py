@@ -68,7 +68,7 @@ class Log:
         return images / (time.perf_counter() - self.begun) if images else None
 
     def left(self, speed):
-        hours = (self.cfg.images - self.seen) / speed / 3600
+        hours = max(0, self.cfg.images - self.seen) / speed / 3600    # whole batches: the last may go beyond
         return f"{hours:.2f} h left" if hours >= 1 else f"{60 * hours:.1f} min left"
 
     def speed(self, device):

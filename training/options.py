@@ -22,8 +22,10 @@ class TrainConfig:
     images: int = option(1_000_000, cli.integer(1, 10 ** 12), "stop after this many images seen")
     batch: int = option(16, cli.integer(1, 10 ** 6), "images in each step, over all processes")
     lr: float = option(None, cli.number(1e-12, 1),
-                       "AdamW's learning rate after the warm-up; if not given, 0.001 for the VAE, 0.001 x 256 / width "
+                       "learning rate after the warm-up; if not given, 0.001 for the VAE, 0.001 x 256 / width "
                        "for RadiT, and a tenth of it with --init")
+    optimizer: str = option("adamw", str, "muon: the matrices of the blocks take Muon's steps, all else AdamW's",
+                            ("adamw", "muon"))
     warmup: int = option(8_000, cli.integer(0, 10 ** 12), "images over which the learning rate rises from 0")
     cooldown: int = option(0, cli.integer(0, 10 ** 12), "images at the end over which the learning rate falls to 0")
     clip: float = option(1.0, cli.number(1e-6, 1e6), "largest norm of the gradient; larger ones are scaled down to it")
@@ -54,9 +56,11 @@ examples:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults other than None, and keeps the lines of the examples."""
+    """Shows defaults other than None, as one types them, and keeps the lines of the examples."""
 
     def _get_help_string(self, action):
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -200,6 +204,8 @@ def check_radit_options(parser, args):
         parser.error("--latents needs --vae, the VAE that made them")
     if args.fsdp and not (parallel.launched or args.dry_run):
         parser.error("--fsdp splits a model among several processes: start it with torchrun")
+    if args.fsdp and args.optimizer == "muon":
+        parser.error("--optimizer muon needs whole matrices, and --fsdp splits them; leave one out")
     if args.fp8 and args.lora_rank:
         parser.error(f"--fp8: adapters (--lora-rank {args.lora_rank}) are not computed in float8; leave one out")
     if args.fp8:
