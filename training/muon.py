@@ -32,9 +32,9 @@ class Muon(torch.optim.AdamW):
     """Like AdamW for the trainable parameters of `model`, but for the matrices of its blocks: their momentum is in the
     state `exp_avg`, and `exp_avg_sq` stays 0."""
 
-    def __init__(self, model, lr, betas, weight_decay=0.0):
+    def __init__(self, model, lr, betas):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(parameters.values(), lr, betas, weight_decay=weight_decay, fused=True)
+        super().__init__(parameters.values(), lr, betas, weight_decay=0.0, fused=True)
         self.matrices = [p for name, p in parameters.items() if "block" in name and p.ndim > 1]
 
     @torch.no_grad()

@@ -188,6 +188,8 @@ def check_radit_options(parser, args):
         for name in ("init", "dry_run", "fp8"):
             if getattr(args, name):
                 parser.error(f"--model radunet: --{name.replace('_', '-')} works for RadiT only")
+        if args.optimizer == "muon":                                 # its matrices are not in blocks by name
+            parser.error("--model radunet: --optimizer muon works for RadiT only")
     if args.lora_rank and not args.init:
         parser.error(f"--lora-rank {args.lora_rank}: adapters change trained weights; name these with --init")
     if args.lora_alpha and not args.lora_rank:
