@@ -224,7 +224,8 @@ def test_it_is_trained_by_the_same_command(command, tmp_path):
 
 @pytest.mark.parametrize("more, message", [
     (["--size", "XL"], "radunet has the sizes XS, S, M, B"), (["--dry-run"], "--dry-run works for RadiT only"),
-    (["--init", "weights/demo"], "--init works for RadiT only")])
+    (["--init", "weights/demo"], "--init works for RadiT only"),
+    (["--optimizer", "muon"], "--optimizer muon works for RadiT only")])
 def test_what_it_does_not_have_is_refused(command, tmp_path, more, message):
     phantom.write_source(tmp_path / "data", 12)
     status, _, errors = command("train.py", "radit", "--model", "radunet", "--data", tmp_path / "data", "--pixels",
