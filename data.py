@@ -42,6 +42,8 @@ from radiographs.progress import Progress
 from radiographs.tags import dicom_tags
 
 CHUNK = 1024  # images between two saves of the progress, from which an interrupted run continues
+# What a small folder meets whose splits a hash of the patients drew.
+SPLIT_HELP = "; it needs one: name the splits in a column `split` of the table that prepare reads"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ class Radiographs(torch.utils.data.Dataset):
             raise InputError("prepared at different sizes: "
                              + ", ".join(f"{root} {w}x{h}" for root, (w, h) in sizes.items()))
         if not self.records:
-            raise InputError(f"{', '.join(map(str, folders))}: no image in the split {split}")
+            raise InputError(f"{', '.join(map(str, folders))}: no image in the split {split}{SPLIT_HELP}")
 
     def __len__(self):
         return len(self.records)

@@ -385,7 +385,7 @@ def read_radit_data(args, datasets):
     for split in ("train", "valid"):
         places = splits[split] = [i for i, record in enumerate(images.records) if record["split"] == split]
         if not places:
-            raise InputError(f"{', '.join(args.data)}: no image in the split {split}")
+            raise InputError(f"{', '.join(args.data)}: no image in the split {split}{data.SPLIT_HELP}")
     records = [images.records[i] for i in splits["train"]]
     datasets = [*datasets, *sorted({record["dataset"] for record in images.records if "dataset" in record}
                                    - set(datasets))]

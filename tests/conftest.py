@@ -30,6 +30,9 @@ import train
 from common import cli, hub
 from diagnosis import classifier
 from encoders import raddino
+from sample import DEMO
+
+DEMO_SIDE = 16 * cli.read_json(DEMO / "radit/config.json")["grid"][0]  # pixels on a side of the demo's images
 
 
 @pytest.hookimpl(tryfirst=True)

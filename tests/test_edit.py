@@ -9,7 +9,7 @@ import phantom
 import pydicom
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEMO_SIDE, ROOT
 from PIL import Image
 
 import data
@@ -20,6 +20,7 @@ from common import cli
 from diagnosis import stress
 from radiographs import dicom, fields, pixels
 
+SIZE = f"{DEMO_SIDE}x{DEMO_SIDE}"
 OLD = {"age": 40.0, "sex": "male", "cardiomegaly": "negative"}
 NEW = OLD | {"cardiomegaly": "positive"}
 
@@ -156,7 +157,7 @@ def error(images, rule):
 @pytest.mark.parametrize("arguments, message", [
     (["{text}", "--set", "sex=female"], "not an image"), (["{image}", "--set", "race=white"], "says nothing of race"),
     (["{image}", "--set", "sex=female", "--mask", "{mask}"],
-     "a mask of 5x5 pixels; accepted: 128x128, as the image is edited, or 128x128, as it was"),
+     f"a mask of 5x5 pixels; accepted: {SIZE}, as the image is edited, or 128x128, as it was"),
     (["{image}", "--given", "sex=female", "--set", "sex=female"], "nothing to change"),
     (["{image}", "--given", "sex=female", "--set", "sex=female", "--mask", "{half}"], "nothing to change"),
     (["{image}", "--given", "pneumonia=positive", "--set", "no_finding=positive", "--no-causal"],
@@ -286,9 +287,10 @@ def test_the_command_writes_the_pictures(tmp_path, command):
 
 def test_outside_a_mask_the_difference_picture_is_white(tmp_path, command):
     array = (phantom.draw(phantom.random_record(random.Random(0)), np.random.default_rng(0)) * 255).astype(np.uint8)
-    Image.fromarray(array).resize((256, 256)).save(tmp_path / "a.png")
-    mask = np.zeros((256, 256), np.uint8)
-    mask[100:160, 60:200] = 255                  # drawn on the original, twice as large as it is edited
+    side = 2 * DEMO_SIDE
+    Image.fromarray(array).resize((side, side)).save(tmp_path / "a.png")
+    mask = np.zeros((side, side), np.uint8)
+    mask[side * 2 // 5:side * 3 // 5, side // 4:side * 3 // 4] = 255  # drawn on the original, twice as large as edited
     Image.fromarray(mask).save(tmp_path / "m.png")
     status, _, errors = command("causal", "edit", tmp_path / "a.png", "--set", "pneumonia=positive",
                                 "--mask", tmp_path / "m.png", "--steps", 1, "--out", tmp_path / "out")
@@ -314,7 +316,7 @@ def test_a_patients_dicom_file_comes_back_as_a_synthetic_one_that_names_nobody(t
     strip = Image.open(tmp_path / "sweep/strip.png")                 # the original and three ages
     assert strip.size[0] == 4 * 384 and Image.open(tmp_path / "sweep/sweep.gif").n_frames == 3
     shown = np.asarray(strip.convert("L"))[-384:, :384].astype(float)
-    prepared = Image.fromarray(pixels.read_radiograph(tmp_path / "a.dcm", 128)).resize(
+    prepared = Image.fromarray(pixels.read_radiograph(tmp_path / "a.dcm", DEMO_SIDE)).resize(
         (384, 384), Image.Resampling.BICUBIC)
     assert np.abs(shown - np.asarray(prepared)).max() <= 1
     files = [(tmp_path / f"sweep/age-{age}.dcm").read_bytes() for age in (20, 40, 60)]

@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEMO_SIDE, ROOT
 from PIL import Image
 
 import sample
@@ -412,7 +412,7 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     pictures = page.all("figure img")
     for image, seed in zip(pictures, (8, 9), strict=True):
         assert image.get_attribute("alt") == f"Synthetic chest radiograph, seed {seed}: 64 years, male, PA"
-    assert browser.execute_script("return [...document.images].slice(-2).map(image => image.naturalWidth)")[0] == 128
+    assert browser.execute_script("return [...document.images].slice(-2).map(image => image.naturalWidth)")[0] == DEMO_SIDE
     page.go_to("Download seed 8 as PNG")
     page.press("enter")
     picture = Image.open(downloaded(browser, "synthetic-8.png"))
