@@ -162,8 +162,9 @@ def write_image(out, name, image, record, seed, settings, as_dicom=False):
 
 
 def caption(record):
-    """A record in a few words: age, sex, view, and the positive findings."""
-    words = [f"{record['age']:g} years"] if "age" in record else []
+    """A record in a few words: data set, age, sex, view, and the positive findings."""
+    words = [record["dataset"]] if "dataset" in record else []
+    words += [f"{record['age']:g} years"] if "age" in record else []
     words += [record[field] for field in ("sex", "view") if field in record]
     words += [fields.FINDINGS[field].lower() for field in fields.FINDINGS if record.get(field) == "positive"]
     return ", ".join(words) or "nothing asked"

@@ -70,10 +70,10 @@ def edit(model, vae, images, factual, counterfactual, guidance=2.0, steps=12, so
     depth in (0, 1]: how far back towards noise; less keeps more of the image and changes less. mask (1, 1, H, W) in
     {0, 1}: 1 where the image may change. With a seed the noise inside the mask is new, not the image's own.
 
-    The defaults are measured (benchmarks/results/editing-demo.txt): 12 steps of Heun bring an unchanged image back to a
-    third of the VAE's own error, 25 of Euler, at the same cost, to nearly three times that error. Guidance 1, 2 and 4
-    turn the judge's answer in 41, 51 and 61 % of the images, and change pixels by 16, 22 and 33 grey levels: 2 is in
-    between. Depth 0.75 turns 23 %, 0.5 only 4 %: what is asked for is decided near the noise.
+    The defaults are measured (benchmarks/results/editing-demo.txt): 12 steps of Heun bring an unchanged image back to
+    within a fifth of the VAE's own error, 25 of Euler, at the same cost, to two and a half times that error. Guidance
+    1, 2 and 4 turn the judge's answer in 10, 25 and 35 % of the images, and change pixels by 9, 15 and 24 grey levels:
+    2 is in between. Depth 0.75 turns 10 %, 0.5 none: what is asked for is decided near the noise.
     """
     cfg = model.config
     x, end = encode(model, vae, images)                              # N C h w

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import phantom
 import pytest
-from conftest import ROOT
+from conftest import DEMO_SIDE, ROOT
 from PIL import Image
 
 import train
@@ -94,8 +94,7 @@ def test_a_command_runs(workspace, command, words, monkeypatch):
 def test_the_lines_for_python_run(capsys):
     block, = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(block.replace("seeds=range(4))", "seeds=range(4), steps=1)").replace('"weights', f'"{ROOT}/weights'), {})
-    side = Image.open(ROOT / "weights/demo/steer.png").width // 6
-    assert capsys.readouterr().out == f"torch.Size([4, 1, {side}, {side}])\n"
+    assert capsys.readouterr().out == f"torch.Size([4, 1, {DEMO_SIDE}, {DEMO_SIDE}])\n"
 
 
 def test_the_first_two_commands_come_early_and_the_file_is_short():

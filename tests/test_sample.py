@@ -252,7 +252,7 @@ def test_options_that_do_not_go_together(weights, tmp_path, monkeypatch):
 def test_each_tile_of_the_grid_says_what_was_asked():
     assert sample.caption({"dataset": "own", "age": 60.0, "sex": "female", "view": "PA", "pneumonia": "negative",
                            "edema": "positive", "pleural_effusion": "positive"}) == (
-        "60 years, female, PA, edema, pleural effusion")
+        "own, 60 years, female, PA, edema, pleural effusion")
     assert sample.caption({}) == "nothing asked"
     images = torch.rand(3, 1, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts = ["60 years, female, PA, " + "enlarged cardiomediastinum, " * 3, "AP", "AP"]
@@ -450,7 +450,8 @@ def test_demo_knows_its_data_sets(demo):
     model, decoder = demo
     asked = {"dataset": "kermany", "pneumonia": "positive"}, {"dataset": "ChestX-ray14"}
     images = [sample.generate(model, decoder, [record] * 5, range(5), steps=5)[0] for record in asked]
-    children, adults = ((part[:, :, :DEMO_SIDE // 16] < -0.8).float().mean() for part in images)   # share of black in the top rows
+    children, adults = ((part[:, :, :DEMO_SIDE // 16] < -0.8).float().mean() for part in images)
+    # The share of black in the top rows.
     assert children > adults + 0.25
 
 
