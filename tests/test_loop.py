@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import job
 import phantom
 import pytest
@@ -264,11 +265,7 @@ def test_the_slurm_script_requeues(tmp_path, ends, calls):
     assert requeued == calls
 
 
-def bf16_is_used():
-    return parallel.pick_device()[1]
-
-
-NEEDS_BF16 = pytest.mark.skipif(not bf16_is_used(), reason="no bfloat16 units")
+NEEDS_BF16 = pytest.mark.skipif(not conftest.fast_bf16(parallel.pick_device()[0]), reason="no bfloat16 units")
 
 
 @pytest.mark.slow
