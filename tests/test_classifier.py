@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
+import data
 from common import cli, hub
 from diagnosis import classifier
 from diagnosis.resnet import ResNetConfig
@@ -292,6 +293,7 @@ def test_data_without_a_split_are_refused_before_the_training(source, tmp_path, 
         (few / "index.csv").write_text("\n".join([header, *lines]))
         for more in (["fit"], ["utility", "--synthetic", source]):
             status, _, errors = command("diagnosis", more[0], few, *more[1:], "--out", tmp_path / "out")
-            assert status == 2 and f"no image in the split {split};" in errors, errors
+            assert status == 2 and errors.endswith(f"no image in the split {split}{data.SPLIT_HELP}\n"), errors
     status, _, errors = command("diagnosis", "utility", source, "--synthetic", few, "--out", tmp_path / "out")
-    assert status == 2 and "no image in the split train;" in errors and not (tmp_path / "out").exists()
+    assert status == 2 and errors.endswith(f"no image in the split train{data.SPLIT_HELP}\n")
+    assert not (tmp_path / "out").exists()

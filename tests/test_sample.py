@@ -412,7 +412,7 @@ def demo():
 def test_demo_weights_fit_in_60_megabytes_and_say_what_they_cover():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 60e6
     config = json.loads((DEMO / "radit/config.json").read_text())
-    assert config["covered"]["view"].keys() == {"AP", "PA"}
+    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [8, 8]
     assert len(config["examples"]) == 64
 
 
@@ -450,8 +450,8 @@ def test_demo_knows_its_data_sets(demo):
     model, decoder = demo
     asked = {"dataset": "kermany", "pneumonia": "positive"}, {"dataset": "ChestX-ray14"}
     images = [sample.generate(model, decoder, [record] * 5, range(5), steps=5)[0] for record in asked]
-    children, adults = ((part[:, :, :DEMO_SIDE // 16] < -0.8).float().mean() for part in images)
     # The share of black in the top rows.
+    children, adults = ((part[:, :, :DEMO_SIDE // 16] < -0.8).float().mean() for part in images)
     assert children > adults + 0.25
 
 
