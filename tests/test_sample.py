@@ -412,7 +412,7 @@ def demo():
 def test_demo_weights_fit_in_60_megabytes_and_say_what_they_cover():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 60e6
     config = json.loads((DEMO / "radit/config.json").read_text())
-    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [8, 8]
+    assert config["covered"]["view"].keys() == {"AP", "PA"} and config["grid"] == [16, 16]
     assert len(config["examples"]) == 64
 
 

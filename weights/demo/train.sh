@@ -33,7 +33,14 @@ python train.py radit --data runs/128/{nih,nih-more,kermany,hannover} --latents 
     --vae runs/vae/weights/vae --size XS --shift 2 --lr 1e-3 --warmup 5000 --images 262144 --cooldown 65536 \
     --ema 10000,50000 --log-every 64 --save-every 1024 --out runs/radit128
 
-cp -r runs/radit128/weights/. weights/demo/
+# The same weights continued at 256 pixels: 256 tokens an image.
+python -m autoencoder encode runs/256/{nih,nih-more,kermany,hannover} --vae runs/vae/weights/vae \
+    --out runs/latents256 --versions 3
+python train.py radit --data runs/256/{nih,nih-more,kermany,hannover} --latents runs/latents256 \
+    --vae runs/vae/weights/vae --init runs/radit128/weights --batch 32 --lr 7e-4 --warmup 4000 --images 90112 \
+    --cooldown 24576 --ema 5000,20000 --log-every 16 --save-every 512 --out runs/radit256
+
+cp -r runs/radit256/weights/. weights/demo/
 python sample.py --out out/demo
 cp out/demo/grid.png weights/demo/
 python weights/demo/pictures.py
