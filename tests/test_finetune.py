@@ -1,6 +1,7 @@
 """A run that starts from trained weights: RadiT on another grid and with new data sets, a VAE with more latent
 channels."""
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_coverage_is_of_both():
     assert config.covered == {"dataset": {"PadChest": 5, "own": 5, "new": 1}, "sex": {"male": 4}, "age": [1, 50],
                               "view": {"PA": 4}}
     assert BASE.covered == COVERED and COVERED["dataset"] == {"PadChest": 5, "own": 2}
+
+
+def test_the_same_images_at_another_size_are_counted_once():
+    """As the demo weights were trained, first at 128 and then at 256 pixels."""
+    records = [{"dataset": "own", "sex": "male", "view": "PA", "age": 40}, {"dataset": "own", "sex": "male", "age": 50}]
+    counted = {"covered": fields.coverage(records), "pairs": fields.count_pairs(records)}
+    stored = json.loads(json.dumps(counted))                         # as a config.json holds it
+    base = dataclasses.replace(BASE, datasets=(*fields.DATASETS, "own"), **stored)
+    config = finetune.extend_config(base, (8, 8, 8), BASE.vae, datasets=["own"], **counted)
+    assert config.grid == (8, 8) and config.covered["sex"] == {"male": 2}
+    assert json.loads(json.dumps({"covered": config.covered, "pairs": config.pairs})) == stored
 
 
 def adapt(base):

@@ -4,7 +4,8 @@
     grid            the new images'; RoPE works on any grid
     data sets       the base's keep their rows in the table of embeddings, new ones are appended; a new row starts as a
                     copy of the row for "unknown", since to the base these data sets were unknown
-    coverage        the base's and the new data's together: requests that the base accepts stay possible
+    coverage        the base's and the new data's together: requests that the base accepts stay possible. Counts that
+                    agree in every field are of the same images, prepared at another size, and are kept as they are
 
 Before the first step of training the result samples the same images as the base. The average (EMA) starts from the
 same weights.
@@ -49,12 +50,15 @@ def extend_config(base, shape, vae, **described):
         raise InputError(f"--init: these weights are made for {base.channels} channels, "
                          f"and the new images have {shape[0]}")
     new = [name for name in described.pop("datasets") if name not in base.datasets]
-    covered = merge_coverage(base.covered, described.pop("covered"))
-    pairs = described.pop("pairs", {})
-    if base.covered and not base.pairs:  # older weights do not know their pairs, so the sum is not known either
-        pairs = {}
+    covered, pairs = described.pop("covered"), described.pop("pairs", {})
+    if covered == base.covered:          # the same images, at another size: they are not counted twice
+        pairs = base.pairs
+    else:
+        covered = merge_coverage(base.covered, covered)
+        # Older weights do not know their pairs, so the sum is not known either.
+        pairs = {} if base.covered and not base.pairs else fields.add_pairs(base.pairs, pairs)
     return dataclasses.replace(base, grid=tuple(shape[1:]), datasets=(*base.datasets, *new), covered=covered,
-                               pairs=fields.add_pairs(base.pairs, pairs), **described)
+                               pairs=pairs, **described)
 
 
 @torch.no_grad()
