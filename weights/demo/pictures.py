@@ -39,15 +39,17 @@ def steered(model, vae):
 def edited(model, vae, columns=4, side=256, line=26):
     """Each picture over what the edit changed, both at 256 pixels, `columns` of these side by side."""
     man, child = (sample.generate(model, vae, [record], [seed])[0] for record, seed in ((MAN, 0), (CHILD, 2)))
+    originals = [man if record is MAN else child for _, record, _ in EDITS]  # 1 1 H W each
+    factual = [record for _, record, _ in EDITS]
+    wanted = [edit.act(record, change, None) if change else record for _, record, change in EDITS]
+    edits = edit.edit(model, vae, torch.cat(originals), factual, wanted)     # without a change: the reconstruction
     rows = -(-len(EDITS) // columns)
     whole = Image.new("RGB", (columns * side, rows * (2 * side + line)))
-    for i, (text, record, change) in enumerate(EDITS):
-        image = man if record is MAN else child                      # 1 1 H W
-        pictures = [edit_command.picture(image[0])]
+    for i, (text, _, change) in enumerate(EDITS):
         if change:
-            before, after = edit.edit(model, vae, image.repeat(2, 1, 1, 1), [record] * 2,
-                                      [record, edit.act(record, change, None)])  # the first comes back unchanged
-            pictures = [edit_command.picture(after), edit_command.difference(before, after)]
+            pictures = [edit_command.picture(edits[i]), edit_command.difference(before, edits[i])]
+        else:
+            pictures, before = [edit_command.picture(originals[i][0])], edits[i]
         left, top = i % columns * side, i // columns * (2 * side + line)
         ImageDraw.Draw(whole).text((left + 6, top + 2), text, font=ImageFont.load_default(size=18))
         for row, picture in enumerate(pictures):
