@@ -285,7 +285,8 @@ class VAETask:
         if path:
             x = self.held_out[:8].to(next(ema.parameters()).device)
             y = ema.decode(ema.encode(x)[0]).float().clamp(-1, 1)
-            pixels.save_image(pixels.grid(torch.cat([x, y, y - x]), columns=8), path)
+            captions = [text for text in ("held out", "reconstruction", "difference") for _ in x]
+            pixels.save_image(pixels.grid(torch.cat([x, y, y - x]), len(x), captions), path)
 
 
 def random_squares(x, side, random):                                 # N 1 H W, N 2 in [0, 1)
@@ -361,7 +362,7 @@ class RadiTTask:
         batch = max(1, min(16, micro // 2))                          # guidance doubles it
         images, _ = sample.generate(ema, self.decoder, records, seeds, batch=batch)
         if path:
-            pixels.save_image(pixels.grid(images), path)
+            pixels.save_image(pixels.grid(images, captions=[sample.caption(record) for record in records]), path)
 
 
 def chunks(count, size):

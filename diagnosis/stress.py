@@ -243,11 +243,14 @@ def print_report(report):
             span = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else ""
             text += f"{row[key]:{width}.3f}{span:>18}" if np.isfinite(row[key]) else f"{'-':>{width}}{'':18}"
         print(text)
-    print(f"\n{'finding':28}{'model':20}{'real':>8}{'95 % interval':>20}{'edited':>9}{'95 % interval':>20}")
+    print()
+    for number, model in enumerate(report["models"], 1):
+        print(f"model {number}: {model}")
+    print(f"{'finding':28}{'model':8}{'real':>8}{'95 % interval':>20}{'edited':>9}{'95 % interval':>20}")
     edited = report["rows"][0]
-    for i, model in enumerate(report["models"]):
+    for i in range(len(report["models"])):
         for j, finding in enumerate(report["findings"]):
-            text = f"{finding:28}{model[-18:]:20}"
+            text = f"{finding:28}{i + 1:<8}"
             for change, interval, width in ((report["real"], report["real_interval"], 8),
                                             (edited["predicted"], edited["predicted_interval"], 9)):
                 low, high = interval[i][j]

@@ -234,7 +234,7 @@ def grid(images, columns=None, captions=None):
     """Images (N, 1, H, W) side by side as one (1, rows * H, columns * W); empty places are black. `captions`, one text
     an image, stand below the images if these are wide enough for words."""
     if captions and images.shape[-1] >= 96:
-        images = torch.cat([images, render_captions(captions, images.shape[-1])], dim=2)
+        images = torch.cat([images, render_captions(captions, images.shape[-1]).to(images.device)], dim=2)
     columns = columns or math.ceil(len(images) ** 0.5)
     rows = math.ceil(len(images) / columns)
     empty = -torch.ones(rows * columns - len(images), *images.shape[1:], device=images.device)

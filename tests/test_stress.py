@@ -122,6 +122,7 @@ def test_the_command_reports_every_change(edits, command, monkeypatch):
                                      "--json", edits / "r.json")
     assert status == 0, errors
     assert "24 edited images, 24 real ones of the other group (sex=female), 1 finding, 2 models" in output
+    assert f"model 1: {edits / 'model0'}\nmodel 2: {edits / 'model1'}\n" in output  # the whole paths, once
     report = json.loads((edits / "r.json").read_text())[str(edits / "edits")]
     assert report["findings"] == ["edema"]                           # of pneumonia nothing is known
     rows = {row["change"]: row for row in report["rows"]}
