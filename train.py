@@ -123,7 +123,7 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
 
         parts = [slice(start, start + micro) for start in range(rank * micro, cfg.batch, world * micro)]
         indices = (batch[part] for batch in batches(len(dataset), cfg.batch, cfg.seed, seen) for part in parts)
-        workers = 4 if device.type == "cuda" else 0
+        workers = parallel.loader_workers(device)
         if workers:
             gc.freeze()                                              # so that garbage collection copies nothing
         loader = iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=bool(workers),

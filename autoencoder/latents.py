@@ -8,6 +8,7 @@ continues. A cache belongs to one VAE and to unchanged images: continuing or tra
 change, since no latent depends on them.
 """
 import hashlib
+import itertools
 import math
 import os
 from multiprocessing.pool import ThreadPool
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
@@ -69,12 +71,16 @@ def encode(folders, model, out, versions=1, batch=16):
             for version in range(versions if record["split"] == "train" else 1)]
     with parallel.locked(out):
         parallel.on_first(lambda: begin(out, table_of(images, rows, model)))
-        model.to(cli.pick_device()[0])
-        starts = range(parallel.rank * SHARD, len(rows), parallel.world * SHARD)
-        for start in tqdm(starts, unit="shard", disable=None if parallel.rank == 0 else True):
-            path = out / f"{start // SHARD:05}.safetensors"
-            if not path.exists():
-                encode_shard(path, images, rows, range(start, min(start + SHARD, len(rows))), model, batch)
+        device = cli.pick_device()[0]
+        model.to(device)
+        paths = {out / f"{start // SHARD:05}.safetensors": range(start, min(start + SHARD, len(rows)))
+                 for start in range(parallel.rank * SHARD, len(rows), parallel.world * SHARD)}
+        missing = {path: [part[i:i + batch] for i in range(0, len(part), batch)]
+                   for path, part in paths.items() if not path.exists()}  # the numbers of each shard's rows, in batches
+        loader = iter(DataLoader(Versions(images, rows), batch_sampler=list(itertools.chain(*missing.values())),
+                                 num_workers=parallel.loader_workers(device), worker_init_fn=parallel.ignore_signals))
+        for path in tqdm(missing, unit="shard", disable=None if parallel.rank == 0 else True):
+            encode_shard(path, itertools.islice(loader, len(missing[path])), model, device)
         parallel.leave()                                             # waits until all processes are done
     if parallel.rank == 0:
         print(f"{cli.count(len(rows), 'latent')} of {cli.count(len(images), 'image')} in {out}")
@@ -103,23 +109,25 @@ def begin(out, about):
 
 
 @torch.no_grad()
-def encode_shard(path, images, rows, numbers, model, batch):
-    """Writes the latents of the rows with these numbers; a row is (number of an image, version)."""
-    device, parts = next(model.parameters()).device, []
-    for first in range(numbers.start, numbers.stop, batch):
-        part = range(first, min(first + batch, numbers.stop))
-        x = torch.cat([version_of(images, *rows[n], n) for n in part])                       # N 1 H W
-        parts.append([half.half().cpu() for half in model.encode(x.to(device))])
+def encode_shard(path, batches, model, device):
+    """Writes the latents of all images in `batches`, each (N, 1, H, W)."""
+    parts = [[half.half().cpu() for half in model.encode(x.to(device))] for x in batches]
     mean, logvar = (torch.cat(halves) for halves in zip(*parts))
     if not (mean.isfinite().all() and logvar.isfinite().all()):
         raise cli.RunError(f"{path}: the VAE gives latents that are not finite; nothing was written")
     hub.save_tensors({"mean": mean, "logvar": logvar}, path, torch.float16)
 
 
-def version_of(images, i, version, number):                          # 1 1 H W
-    """Image i itself for version 0, a moved copy for others."""
-    x = images[i][None]
-    return pixels.jitter(x, torch.Generator().manual_seed(number)) if version else x
+class Versions(Dataset):
+    """The image of each row, (1, H, W): of a row (i, version) image i itself for version 0, a moved copy for others."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __getitem__(self, number):
+        i, version = self.rows[number]
+        x = self.images[i]                                           # 1 H W
+        return pixels.jitter(x[None], torch.Generator().manual_seed(number))[0] if version else x
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -339,6 +339,20 @@ def test_two_processes_share_the_shards(tmp_path, prepared, monkeypatch):
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
+def test_images_read_by_other_processes_are_encoded_alike(tmp_path, prepared, monkeypatch):
+    """As beside a GPU, where two processes read and move the images: the same files, also when some exist already."""
+    hub.save_model(randomised(SMALL), tmp_path / "vae")
+    monkeypatch.setattr(latents, "SHARD", 4)
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "one", versions=3, batch=3)
+    monkeypatch.setattr(latents.parallel, "loader_workers", lambda device: 2)
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "two", versions=3, batch=3)
+    written = [path.read_bytes() for path in sorted((tmp_path / "one").iterdir())]
+    assert [path.read_bytes() for path in sorted((tmp_path / "two").iterdir())] == written and len(written) == 5
+    (tmp_path / "two/00001.safetensors").unlink()
+    latents.encode([prepared], load_vae(tmp_path / "vae"), tmp_path / "two", versions=3, batch=3)
+    assert [path.read_bytes() for path in sorted((tmp_path / "two").iterdir())] == written
+
+
 def test_changed_images_are_refused_and_changed_labels_are_not(tmp_path, prepared, command):
     hub.save_model(randomised(SMALL), tmp_path / "vae")
     model = load_vae(tmp_path / "vae")

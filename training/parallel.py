@@ -113,6 +113,13 @@ def locked(folder):
         yield
 
 
+def loader_workers(device):
+    """How many processes read images or latents: beside a GPU its share of the machine's cores, at most 8; none on a
+    CPU, whose cores compute."""
+    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, os.cpu_count() // shared_by)) if device.type == "cuda" else 0
+
+
 def micro_batch(batch, accumulate):
     """How many images of a step's `batch` a process computes at a time."""
     parts = world * accumulate
