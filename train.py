@@ -24,13 +24,12 @@ GPUs where attention is deterministic), to rounding on another number.
 
 On several GPUs the same commands start with `torchrun --nproc_per_node=8 train.py ...`; see training/README.md.
 """
-import gc
+import contextlib
 import json
 import math
 from dataclasses import asdict
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -100,7 +99,7 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
     """
     micro, world, rank = parallel.micro_batch(cfg.batch, cfg.accumulate), parallel.world, parallel.rank
     parallel.join()
-    with parallel.locked(out), parallel.catch_signals() as asked:
+    with parallel.locked(out), parallel.catch_signals() as asked, contextlib.ExitStack() as stack:
         device, bf16 = pick_device()
         config, size = asdict(model.config), sum(parameter.numel() for parameter in trainable_parameters(model))
         about = {"seed": cfg.seed, "batch": cfg.batch, "images_in_data": len(dataset)} | config | task.about
@@ -123,11 +122,7 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
 
         parts = [slice(start, start + micro) for start in range(rank * micro, cfg.batch, world * micro)]
         indices = (batch[part] for batch in batches(len(dataset), cfg.batch, cfg.seed, seen) for part in parts)
-        workers = parallel.loader_workers(device)
-        if workers:
-            gc.freeze()                                              # so that garbage collection copies nothing
-        loader = iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=bool(workers),
-                                 worker_init_fn=parallel.ignore_signals))
+        loader = stack.enter_context(contextlib.closing(parallel.read(dataset, indices, device)))
         model.train()
         total, steps, best = {}, 0, 0
         while seen < cfg.images:

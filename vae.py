@@ -174,9 +174,14 @@ def unpatchify(z):
     return rearrange(z, "n (c p q) h w -> n c (h p) (w q)", p=2, q=2)
 
 
-# Pixels that encode() and decode() work on at a time, in whole images: four images of 128x128 fit into a CPU's caches,
-# sixteen do not.
-SLICE = 2 ** 16
+# Pixels that encode() and decode() work on at a time, in whole images: on a CPU four images of 128x128 fit into the
+# caches, sixteen do not; a GPU would be idle with so few.
+SLICE, GPU_SLICE = 2 ** 16, 2 ** 21
+
+
+def in_slices(x, pixels):
+    """A batch x of images of so many `pixels`, or of their latents, in parts."""
+    return x.split(max(1, (GPU_SLICE if x.is_cuda else SLICE) // pixels))
 
 
 class RadVAE(nn.Module):
@@ -201,7 +206,7 @@ class RadVAE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of the normalised latent: each (N, 4c, h, w)."""
-        slices = x.split(max(1, SLICE // x[0, 0].numel()))           # whole images, as GroupNorm needs them
+        slices = in_slices(x, x[0, 0].numel())                       # whole images, as GroupNorm needs them
         encoded = [self.encode_raw(part) for part in slices]
         mean, logvar = (torch.cat(parts) for parts in zip(*encoded))  # N 4c h w each
         variance = (self.bn.running_var + self.bn.eps)[:, None, None]
@@ -212,7 +217,7 @@ class RadVAE(nn.Module):
         scale = (self.bn.running_var + self.bn.eps).sqrt()[:, None, None]
         z = z * scale + self.bn.running_mean[:, None, None]          # N 4c h w
         pixels = z[0, 0].numel() * 4 ** len(self.config.widths)      # of one image
-        return torch.cat([self.decode_raw(part) for part in z.split(max(1, SLICE // pixels))])  # N 1 H W
+        return torch.cat([self.decode_raw(part) for part in in_slices(z, pixels)])  # N 1 H W
 
     def decode_raw(self, z):                                         # N 4c h w, raw
         x = self.decoder(self.post_quant_conv(unpatchify(z)))        # N channels H W

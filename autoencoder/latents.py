@@ -7,6 +7,7 @@ Made by `python -m autoencoder encode`, or `torchrun --nproc_per_node=8 -m autoe
 continues. A cache belongs to one VAE and to unchanged images: continuing or training with others is refused. Labels may
 change, since no latent depends on them.
 """
+import contextlib
 import hashlib
 import itertools
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
@@ -77,10 +78,10 @@ def encode(folders, model, out, versions=1, batch=16):
                  for start in range(parallel.rank * SHARD, len(rows), parallel.world * SHARD)}
         missing = {path: [part[i:i + batch] for i in range(0, len(part), batch)]
                    for path, part in paths.items() if not path.exists()}  # the numbers of each shard's rows, in batches
-        loader = iter(DataLoader(Versions(images, rows), batch_sampler=list(itertools.chain(*missing.values())),
-                                 num_workers=parallel.loader_workers(device), worker_init_fn=parallel.ignore_signals))
-        for path in tqdm(missing, unit="shard", disable=None if parallel.rank == 0 else True):
-            encode_shard(path, itertools.islice(loader, len(missing[path])), model, device)
+        numbers = list(itertools.chain(*missing.values()))
+        with contextlib.closing(parallel.read(Versions(images, rows), numbers, device)) as loader:
+            for path in tqdm(missing, unit="shard", disable=None if parallel.rank == 0 else True):
+                encode_shard(path, itertools.islice(loader, len(missing[path])), model, device)
         parallel.leave()                                             # waits until all processes are done
     if parallel.rank == 0:
         print(f"{cli.count(len(rows), 'latent')} of {cli.count(len(images), 'image')} in {out}")

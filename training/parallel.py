@@ -17,6 +17,7 @@ Sources: Li et al. 2020 (DDP), Zhao et al. 2023 (FSDP).
 import contextlib
 import copy
 import functools
+import gc
 import os
 import signal
 import warnings
@@ -34,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
 
 from common.cli import InputError, pick_device
 from common.cli import locked as locked_folder
@@ -111,6 +113,16 @@ def locked(folder):
     with contextlib.ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked_folder(folder)))
         yield
+
+
+def read(dataset, batches, device):
+    """Yields the `batches`, lists of indices, of a data set: read ahead by other processes beside a GPU. close() must be
+    called in the end: these processes ignore all other signals."""
+    workers = loader_workers(device)
+    if workers:
+        gc.freeze()                                                  # so that garbage collection copies nothing
+    yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=bool(workers),
+                          worker_init_fn=ignore_signals)
 
 
 def loader_workers(device):
