@@ -16,7 +16,7 @@ Shapes: N images, C channels, H x W pixels or latent cells. A module without a c
 import torch
 
 PREDICTIONS = ("velocity", "data")
-SOLVERS = ("euler", "heun")
+SOLVERS = {"euler": 1, "heun": 2}  # evaluations of the velocity in a step
 
 
 def shift_time(t, shift):
@@ -87,7 +87,7 @@ def count_network_calls(times, solver, weight, interval=(0, 1)):
     """How many times the network runs for one image: once for each velocity, or twice where guidance is active."""
     calls = 0
     for start, end in zip(times[:-1], times[1:]):
-        for t in (start, end) if solver == "heun" else (start,):     # the times at which a step asks for a velocity
+        for t in (start, end)[:SOLVERS[solver]]:                # the times at which a step asks for a velocity
             calls += 2 if guidance_active(t, weight, interval) else 1
     return calls
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import flow
 import metrics
 import sample
 from common import cli, hub
@@ -87,7 +88,8 @@ def main():
     records, images, a, b = halves(args.data, args.seed)
     asked = fields.only_covered([known(records[i]) for i in b], model.config.covered)
     seeds = list(range(args.seed, args.seed + len(b)))
-    with tqdm(desc="sampling", unit="step", total=math.ceil(len(b) / 16) * 25) as bar:
+    evaluations = math.ceil(len(b) / 16) * sample.STEPS * flow.SOLVERS[sample.SOLVER]
+    with tqdm(desc="sampling", unit="evaluation", total=evaluations) as bar:
         synthetic, _ = sample.generate(model, decoder, asked, seeds, report=bar.update)
     candidates = {"real, the other half": images[b], "synthetic": synthetic}
     if decoder:
@@ -100,14 +102,14 @@ def main():
     print(f"weights {os.path.relpath(args.weights)} ({hub.fingerprint(args.weights / 'radit')}), encoder "
           f"{os.path.relpath(args.encoder)} ({hub.fingerprint(args.encoder)}), "
           f"reference N {len(a)}, candidates N {len(b)}, {images.shape[-1]}x{images.shape[-1]} pixels, k 5, "
-          f"seed {args.seed}, 25 Euler steps, guidance 2")
+          f"seed {args.seed}, {sample.STEPS} {sample.SOLVER} steps, guidance {sample.GUIDANCE:g}")
     print(f"{'':34}" + "".join(f"{name:>19}" for name in metrics.MEASURES))
     for name, pictures in candidates.items():
         row = metrics.compare(reference, features(pictures, encoder), seed=args.seed)
         print(f"{name:34}" + "".join(f"{metrics.format_value(*row[measure]):>19}" for measure in metrics.MEASURES))
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = sample.provenance(args.weights, steps=25, solver="euler", guidance=2.0)
+        settings = sample.provenance(args.weights, steps=sample.STEPS, solver=sample.SOLVER, guidance=sample.GUIDANCE)
         names = [f"{i:04}" for i in range(len(b))]
         (Path(folder) / "images").mkdir()
         for item in zip(names, synthetic, asked, seeds):

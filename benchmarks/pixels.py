@@ -89,7 +89,7 @@ def main():
             model, _ = sample.load_weights(folder)
         asked = fields.only_covered([fidelity.known(records[i]) for i in b], model.config.covered)
         sampled, _ = sample.generate(model, None, asked, list(range(args.seed, args.seed + len(b))),
-                                     guidance=args.guidance)
+                                     steps=25, solver="euler", guidance=args.guidance)
         rows.append((f"perceptual weight {weight:g}" if weight else "without", f"{count:,}", f"{sum(steps):.0f}",
                      sampled))
 

@@ -81,7 +81,8 @@ def main():
     latent = torch.randn(args.batch, model.config.channels, *model.config.grid, device=device)
 
     def generate(net, interval=(0, 1)):
-        sample.generate(net, decoder, records, seeds, steps=args.steps, batch=args.batch, interval=interval)
+        sample.generate(net, decoder, records, seeds, steps=args.steps, solver="euler", guidance=2.0, batch=args.batch,
+                        interval=interval)
 
     @torch.no_grad()
     def decode():

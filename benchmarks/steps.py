@@ -1,6 +1,6 @@
 """How few steps are enough? Fidelity against the number of velocity evaluations, for Euler and Heun.
 
-    python benchmarks/steps.py --data PREPARED... [--weights weights/demo] [--n 48] [--guidance 2] [--seed 0]
+    python benchmarks/steps.py --data PREPARED... [--weights weights/demo] [--n 48] [--guidance 3] [--seed 0]
 
 The same seeds and metadata in every row: the metadata of n held-out real images, chosen at random from half B of
 benchmarks/fidelity.py; half A is the reference of FDD and KDD. Their standard errors are those of the images; from row
@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--weights", type=Path, default=sample.DEMO)
     parser.add_argument("--encoder", type=Path, default=classifier.DEMO)
     parser.add_argument("--n", type=cli.positive, default=48)
-    parser.add_argument("--guidance", type=cli.number(0, 100), default=2.0)
+    parser.add_argument("--guidance", type=cli.number(0, 100), default=sample.GUIDANCE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/steps"))
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import flow
 import sample
 from common import cli
 from common.cli import InputError, RunError
@@ -37,7 +38,7 @@ PAGE = Path(__file__).parent / "page.html"
 NAMES = ("127.0.0.1", "localhost")
 LIMITS = {"n": (1, 64), "steps": (1, 250), "guidance": (0, 20),
           "seed": (0, 2 ** 53 - 64)}                                 # 2^53: a browser's largest whole numbers
-DEFAULTS = {"n": 4, "steps": 25, "guidance": 2, "seed": 0}
+DEFAULTS = {"n": 4, "steps": sample.STEPS, "guidance": sample.GUIDANCE, "seed": 0}
 LONGEST_FORM = 10_000  # bytes
 BATCH = 4              # images at a time, so that the first appear soon
 LONGEST_QUEUE = 16     # requests; more are refused
@@ -134,7 +135,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.model.to(device)
         if self.vae:
             self.vae.to(device)
-        self.settings = sample.provenance(weights, solver="euler", interval=[0, 1],
+        self.settings = sample.provenance(weights, solver=sample.SOLVER, interval=[0, 1],
                                           precision="bfloat16" if bf16 else "float32")
         self.queue, self.closing, self.connections = Queue(), False, set()
         self.kept, self.temporary = deque(), tempfile.TemporaryDirectory(prefix="radit-")
@@ -277,12 +278,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.queue.leave(ticket)
 
     def sample(self, record, n, steps, guidance, seed):
-        """Samples n images and sends an event for every step and every image."""
+        """Samples n images and sends an event for every evaluation and every image."""
         server, seeds = self.server, range(seed, seed + n)
         examples = server.model.config.examples or [{}]              # [{}]: trained without any metadata
         records = [record or examples[seed % len(examples)] for seed in seeds]
         settings = server.settings | {"steps": steps, "guidance": guidance}
-        total, done = len(range(0, n, BATCH)) * steps, 0
+        total, done = len(range(0, n, BATCH)) * steps * flow.SOLVERS[sample.SOLVER], 0
 
         def count_step():
             nonlocal done

@@ -51,7 +51,7 @@ def test_a_pixel_model_of_512_is_trained_saved_and_drawn_from(large, tmp_path, m
         and model.config.tokens == tokens
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].shape))
-    images, evaluations = sample.generate(model, decoder, [{"age": 60.0}] * 2, [0, 1], steps=2)
+    images, evaluations = sample.generate(model, decoder, [{"age": 60.0}] * 2, [0, 1], steps=2, solver="euler")
     assert images.shape == (2, 1, 512, 512) and images.abs().max() <= 1 and evaluations == 2
     assert seen == [(4, tokens, 64)] * 2                             # both branches of guidance
     call(monkeypatch, sample, "--weights", run / "weights", "--n", 2, "--steps", 2, "--age", 60,

@@ -487,7 +487,7 @@ def test_a_refusal_a_place_in_the_queue_and_a_stop_are_said(server, browser, mon
     assert page.status("In the queue: 1 before you.") and page["sample"].text == "Stop"
     assert len(page.all(".pending")) == 4
     other.leave()
-    assert page.status("Sampling: 0 of 4 done.") and " of 25" in page["step"].text
+    assert page.status("Sampling: 0 of 4 done.") and " of 26" in page["step"].text
     page["sample"].click()
     assert page.status("Stopped after 0 of 4.") and page["sample"].text == "Sample" and not page.all("figure")
     for _ in range(100):

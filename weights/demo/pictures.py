@@ -60,7 +60,8 @@ def edited(model, vae, columns=4, side=256, line=26):
 @torch.no_grad()
 def main():
     model, vae = sample.load_weights(DEMO)
-    about = sample.text_fields(sample.provenance(DEMO, steps=25, guidance=2.0))
+    about = sample.text_fields(sample.provenance(DEMO, steps=sample.STEPS, solver=sample.SOLVER,
+                                                 guidance=sample.GUIDANCE))
     pixels.save_image(steered(model, vae), DEMO / "steer.png", about)
     edit_command.save_png(edited(model, vae), DEMO / "edit.png", about)
 
