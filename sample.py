@@ -35,8 +35,8 @@ from radiographs import dicom, fields, pixels
 from radiographs.index import COLUMNS, index_row, read_rows
 
 DEMO = Path(__file__).parent / "weights" / "demo"
-# The defaults. 13 of Heun's steps cost what 25 of Euler's do and keep more of the fine detail; guidance 3 gives the
-# contrast of real images (weights/demo/README.md, "Sharpness of the samples").
+# The defaults. 13 of Heun's steps cost what 25 of Euler's do and keep more of the fine detail; guidance 3 shows what is
+# asked more surely than 2 (weights/demo/README.md, "Sharpness of the samples").
 STEPS, SOLVER, GUIDANCE = 13, "heun", 3.0
 
 

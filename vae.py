@@ -176,7 +176,7 @@ def unpatchify(z):
 
 # Pixels that encode() and decode() work on at a time, in whole images: on a CPU four images of 128x128 fit into the
 # caches, sixteen do not; a GPU would be idle with so few.
-SLICE, GPU_SLICE = 2 ** 16, 2 ** 21
+SLICE, GPU_SLICE = 2 ** 16, 2 ** 20
 
 
 def in_slices(x, pixels):

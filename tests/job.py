@@ -105,14 +105,16 @@ def command_job(arguments, out):
 JOBS = {"encode": encode_job, "command": command_job, "radit": radit_job, "vae": vae_job, "seen": seen_job}
 
 
-def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, preview=False, **layout):
+def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16=False, preview=False, workers=0,
+               **layout):
     """What each process does. event: (rank, step, number): that process sends itself a signal after that many steps.
-    Without `preview` none is made: it takes longer than all the steps."""
+    Without `preview` none is made: it takes longer than all the steps. workers: processes that read images."""
     if world:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port)}
         parallel.launched, parallel.rank, parallel.world = True, rank, world
     parallel.TIMEOUT = timeout or parallel.TIMEOUT
+    parallel.loader_workers = lambda device: workers
     torch.set_num_threads(1)
     log.plot_losses = lambda history, path: None
     if not preview:

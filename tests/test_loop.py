@@ -114,6 +114,17 @@ def test_a_signal_to_one_of_two_stops_both_and_they_continue_exactly(tmp_path, l
     identical(stopped, whole)
 
 
+def test_processes_that_read_images_end_with_the_training(tmp_path):
+    """As beside a GPU. They ignore the signal by which Python ends processes at exit, so a training that did not close
+    its loader waited for them without end."""
+    assert job.run(0, "radit", config(), tmp_path / "whole", workers=2) == [0]
+    assert job.run(0, "radit", config(), tmp_path / "stopped", workers=2, event=(0, 6, signal.SIGTERM)) == [75]
+    assert job.run(0, "radit", config(), tmp_path / "stopped") == [0]
+    assert job.run(0, "radit", config(), tmp_path / "alone") == [0]
+    assert job.log_of(tmp_path / "whole") == job.log_of(tmp_path / "alone")
+    assert job.log_of(tmp_path / "stopped")[-1] == job.log_of(tmp_path / "alone")[-1]
+
+
 def test_a_signal_between_two_lines_of_the_log(tmp_path):
     """Alone, a process stops after the step in which it was asked; the interval becomes two lines."""
     cfg = config(log_every=4, save_every=4, images=96)

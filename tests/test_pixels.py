@@ -54,8 +54,8 @@ def test_a_pixel_model_of_512_is_trained_saved_and_drawn_from(large, tmp_path, m
     images, evaluations = sample.generate(model, decoder, [{"age": 60.0}] * 2, [0, 1], steps=2, solver="euler")
     assert images.shape == (2, 1, 512, 512) and images.abs().max() <= 1 and evaluations == 2
     assert seen == [(4, tokens, 64)] * 2                             # both branches of guidance
-    call(monkeypatch, sample, "--weights", run / "weights", "--n", 2, "--steps", 2, "--age", 60,
-         "--out", tmp_path / "out")
+    call(monkeypatch, sample, "--weights", run / "weights", "--n", 2, "--steps", 2, "--solver", "euler",
+         "--age", 60, "--out", tmp_path / "out")
     for i in range(2):
         path = tmp_path / f"out/images/000{i}.png"
         assert Image.open(path).size == (512, 512) and Image.open(path).text["Synthetic"] == "yes"

@@ -127,7 +127,7 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
                                      "--age", 44, "--sex", "F", "--set", "pneumonia=positive",
                                      "--out", tmp_path / "out")
     assert status == 0, errors
-    assert "2/2" in errors and "3 images" in output                  # the progress bar, and the summary
+    assert "4/4" in errors and "3 images" in output                  # the progress bar, and the summary
     rows = list(csv.DictReader(open(tmp_path / "out/metadata.csv")))
     assert [(r["file"], r["seed"]) for r in rows] == [(f"images/000{i}.png", str(40 + i)) for i in range(3)]
     asked = {k: v for k, v in rows[0].items() if v and k not in ("file", "seed")}
@@ -136,8 +136,8 @@ def test_the_command_writes_pictures_table_and_provenance(weights, tmp_path, com
     assert image.mode == "L" and image.size == (32, 32)
     assert image.text["Synthetic"] == "yes" and image.text["Seed"] == "41" and image.text["Weights"] == "random"
     assert json.loads(image.text["Metadata"]) == {"age": 44.0, "sex": "female", "pneumonia": "positive"}
-    assert image.text["Fingerprint"] == hub.fingerprint(weights / "radit") and image.text["Guidance"] == "2.0"
-    assert image.text["Steps"] == "2" and image.text["Solver"] == "euler"
+    assert image.text["Fingerprint"] == hub.fingerprint(weights / "radit") and image.text["Guidance"] == "3.0"
+    assert image.text["Steps"] == "2" and image.text["Solver"] == "heun"
     assert Image.open(tmp_path / "out/grid.png").size == (64, 64)
 
 
@@ -378,13 +378,15 @@ def test_what_was_never_trained_together_is_said(monkeypatch):
 
 
 def test_what_decides_a_picture_is_said(weights, tmp_path, monkeypatch, capsys):
-    main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--bf16")
+    main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--solver", "euler",
+         "--guidance-interval", 0.1, 0.8, "--bf16")
     # shift 2 takes 0, 1/4, 1/2, 3/4 to 0, 1/7, 1/3, 3/5: three of four are guided
     assert "4 velocity evaluations and 7 network calls each" in capsys.readouterr().out
     text = Image.open(tmp_path / "a/images/0001.png").text
     assert text["Interval"] == "[0.1, 0.8]" and text["Precision"] == "bfloat16" and text["Steps"] == "4"
     with pytest.raises(cli.InputError, match="precision = bfloat16, not float32"):
-        main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--guidance-interval", 0.1, 0.8, "--no-bf16")
+        main(monkeypatch, weights, tmp_path / "a", "--n", 2, "--steps", 4, "--solver", "euler",
+             "--guidance-interval", 0.1, 0.8, "--no-bf16")
     message = "--guidance-interval .*: not two times from 0 to 1, the lower one first"
     with pytest.raises(cli.InputError, match=message):
         main(monkeypatch, weights, tmp_path / "b", "--guidance-interval", 0.8, 0.1)

@@ -55,11 +55,13 @@ def test_an_image_of_the_page_is_that_of_the_command(server):
     status, headers, body = request(server)
     assert status == 200
     told = events(body)
-    assert [event["done"] for event in told if "done" in event] == [1, 2] and told[0]["of"] == 2
+    # Heun's steps take two evaluations each.
+    assert [event["done"] for event in told if "done" in event] == [1, 2, 3, 4] and told[0]["of"] == 4
     made = [event for event in told if "image" in event]
     assert [event["seed"] for event in made] == [5, 6]
     assert [event["metadata"] for event in made] == [{"sex": "female", "age": 60.0}] * 2
-    expected, _ = sample.generate(server.model, server.vae, [{"sex": "female", "age": 60.0}] * 2, [5, 6], steps=2)
+    expected, _ = sample.generate(server.model, server.vae, [{"sex": "female", "age": 60.0}] * 2, [5, 6], steps=2,
+                                  guidance=2)
     for event, image in zip(made, expected):
         status, headers, png = request(server, "GET", f"/images/{event['image']}.png")
         assert status == 200 and headers["Content-Type"] == "image/png"
@@ -408,7 +410,7 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     page.press("delete", "2", "tab", "delete", "delete", "3", "tab", "tab", "delete", "8", "enter")
     assert page.status("2 radiographs", "The", "1 ") == "2 radiographs sampled."
     asked = {"age": 64.0, "sex": "male", "view": "PA"}
-    assert page.all(".set h3")[0].text == "64 years, male, PA" and page.all(".set p")[0].text == "3 steps, guidance 2"
+    assert page.all(".set h3")[0].text == "64 years, male, PA" and page.all(".set p")[0].text == "3 steps, guidance 3"
     pictures = page.all("figure img")
     for image, seed in zip(pictures, (8, 9), strict=True):
         assert image.get_attribute("alt") == f"Synthetic chest radiograph, seed {seed}: 64 years, male, PA"
@@ -430,7 +432,7 @@ def test_an_image_by_keyboard_from_the_first_key_to_both_files(server, browser):
     for key, seed, place in (("left", 8, 1), ("right", 9, 2), ("right", 9, 2), ("up", 8, 1), ("down", 9, 2)):
         page.press(key)
         text = page["large"].text
-        assert f"Seed {seed}: 64 years, male, PA" in text and "synthetic" in text and "3 steps, guidance 2" in text
+        assert f"Seed {seed}: 64 years, male, PA" in text and "synthetic" in text and "3 steps, guidance 3" in text
         assert f"image {place} of 2 on this page" in text
         image = page["large"].find_element("tag name", "img")
         assert image.get_attribute("src") == pictures[place - 1].get_attribute("src")

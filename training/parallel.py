@@ -116,8 +116,8 @@ def locked(folder):
 
 
 def read(dataset, batches, device):
-    """Yields the `batches`, lists of indices, of a data set: read ahead by other processes beside a GPU. close() must be
-    called in the end: these processes ignore all other signals."""
+    """Yields the `batches`, lists of indices, of a data set: read ahead by other processes beside a GPU. close() must
+    be called in the end: these processes ignore all other signals."""
     workers = loader_workers(device)
     if workers:
         gc.freeze()                                                  # so that garbage collection copies nothing
