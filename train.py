@@ -164,16 +164,21 @@ def train(task, model, dataset, cfg, out, layout=parallel.Layout(), may_change=(
             entry = {"images": seen, "rate": rate} | means(total, steps)  # the only place that waits for the device
             checkpoint.refuse_unless(math.isfinite(entry["loss"] + entry["grad_norm"]), entry, writer, out)
             entry |= log.speed(device)
+            measured = save and not stop                             # a node about to be taken away has no time
             if save:
                 checkpoint.refuse_unless(checkpoint.all_finite(state), entry, writer, out)
+            if measured:
+                with parallel.long_timeout(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    numbers, best = measure(task, emas, cfg, micro)
+                entry |= numbers
+            log.write(entry)                                         # first, so that no checkpoint is without its line
+            if save:
                 writer.save(state, {"images": seen, "averaged": averaged, "name": task.name, "config": config,
                                     "about": about, "ema": list(cfg.ema), "processes": world})
-            if save and not stop:                                    # a node about to be taken away has no time
+            if measured:
                 with parallel.long_timeout(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    measured, best = measure(task, emas, cfg, micro)
-                    entry |= measured
                     save_weights(task, emas[best], plain, out, micro)
-            log.write(entry)
+            log.start_interval()
             if stop:
                 leave_stopped(writer, log, out, seen)
             total, steps = {}, 0

@@ -118,7 +118,7 @@ def in_process(rank, world, port, name, cfg, out, event=None, timeout=None, bf16
     torch.set_num_threads(1)
     log.plot_losses = lambda history, path: None
     if not preview:
-        train.RadiTTask.preview = lambda *arguments: None
+        train.RadiTTask.preview = train.VAETask.preview = lambda *arguments: None
     cli.fast_bf16 = lambda device: False                             # whatever the machine is faster in
     if bf16:
         parallel.pick_device = train.pick_device = lambda: (torch.device("cpu"), True)

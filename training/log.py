@@ -84,7 +84,7 @@ class Log:
         return f" | {speed:.3g} images/s, {teraflops:.3g} TFLOP/s, {memory:.2g} GB, {self.left(speed)}"
 
     def write(self, entry):
-        """Writes a line of log.jsonl and one of text, the plot, and to the logger. Then a new interval begins."""
+        """Writes a line of log.jsonl and one of text, the plot, and to the logger."""
         if parallel.rank == 0:
             self.history.append(entry)
             cli.write_text(self.path, "".join(json.dumps(cli.finite(line)) + "\n" for line in self.history))
@@ -94,6 +94,9 @@ class Log:
                 self.report(numbers, entry["images"])
             self.log(f"images {entry['images']:,} " + " ".join(f"{key} {value:.4g}" for key, value in numbers.items()
                                                                if key not in SPEED) + self.speed_in_words(entry))
+
+    def start_interval(self):
+        """Speed is measured from here to the next line: what was written and drawn for the last one does not count."""
         self.begun = self.line_time = time.perf_counter()
         self.seen_before = self.seen
 
