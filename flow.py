@@ -87,7 +87,7 @@ def count_network_calls(times, solver, weight, interval=(0, 1)):
     """How many times the network runs for one image: once for each velocity, or twice where guidance is active."""
     calls = 0
     for start, end in zip(times[:-1], times[1:]):
-        for t in (start, end)[:SOLVERS[solver]]:                # the times at which a step asks for a velocity
+        for t in (start, end)[:SOLVERS[solver]]:                     # the times at which a step asks for a velocity
             calls += 2 if guidance_active(t, weight, interval) else 1
     return calls
 

@@ -270,11 +270,11 @@ def parse_arguments():
     parser.add_argument("--n", "-n", type=cli.integer(1, 1_000_000),
                         help="how many images; if not given 16, or all rows of --metadata (under torchrun write -n)")
     parser.add_argument("--steps", type=cli.integer(1, 1000), default=STEPS,
-                        help="steps of the solver; 13 if not given")
+                        help=f"steps of the solver; {STEPS} if not given")
     parser.add_argument("--solver", choices=tuple(flow.SOLVERS), default=SOLVER,
-                        help="heun, the default: two evaluations a step; euler: one, and twice the steps or more")
+                        help=f"{SOLVER} if not given; heun: two evaluations a step; euler: one, and twice the steps")
     parser.add_argument("--guidance", type=cli.number(0, 100), default=GUIDANCE,
-                        help="weight of the metadata: 0 ignores them, 1 is no guidance; 3 if not given")
+                        help=f"weight of the metadata: 0 ignores them, 1 is no guidance; {GUIDANCE:g} if not given")
     parser.add_argument("--guidance-interval", type=cli.number(0, 1), nargs=2, default=[0, 1], metavar=("LOW", "HIGH"),
                         help="use guidance only for times from LOW to HIGH, such as 0.1 0.8, and save half of the work "
                              "elsewhere")

@@ -74,12 +74,13 @@ def encode(folders, model, out, versions=1, batch=16):
         parallel.on_first(lambda: begin(out, table_of(images, rows, model)))
         device = cli.pick_device()[0]
         model.to(device)
-        paths = {out / f"{start // SHARD:05}.safetensors": range(start, min(start + SHARD, len(rows)))
-                 for start in range(parallel.rank * SHARD, len(rows), parallel.world * SHARD)}
-        missing = {path: [part[i:i + batch] for i in range(0, len(part), batch)]
-                   for path, part in paths.items() if not path.exists()}  # the numbers of each shard's rows, in batches
-        numbers = list(itertools.chain(*missing.values()))
-        with contextlib.closing(parallel.read(Versions(images, rows), numbers, device)) as loader:
+        missing = {}                                                 # path of a shard: numbers of its rows, in batches
+        for start in range(parallel.rank * SHARD, len(rows), parallel.world * SHARD):
+            path, numbers = out / f"{start // SHARD:05}.safetensors", range(start, min(start + SHARD, len(rows)))
+            if not path.exists():
+                missing[path] = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
+        batches = itertools.chain.from_iterable(missing.values())
+        with contextlib.closing(parallel.read(Versions(images, rows), batches, device)) as loader:
             for path in tqdm(missing, unit="shard", disable=None if parallel.rank == 0 else True):
                 encode_shard(path, itertools.islice(loader, len(missing[path])), model, device)
         parallel.leave()                                             # waits until all processes are done

@@ -178,7 +178,7 @@ def main():
     print(f"{'':28}{'evaluations':>12}{'RMS, original':>14}{'RMS, VAE':>16}{'perceptual distance':>20}")
     composition("the VAE alone", 0, lambda m, d, x, *_: reconstruct(x), x, first, facts)
     for solver, steps in (("euler", 10), ("euler", 25), ("heun", 3), ("heun", 6), ("heun", 12), ("heun", 25)):
-        composition(f"{solver}, {steps} steps", 2 * steps * (1 + (solver == "heun")),
+        composition(f"{solver}, {steps} steps", 2 * steps * flow.SOLVERS[solver],
                     lambda *what: edit.edit(*what, guidance=1, steps=steps, solver=solver), x, first, facts)
     ways = methods(args.steps, args.seed)
     for name in ("all amplified, guidance 2", "SDEdit, depth 0.3", "SDEdit, depth 0.5", "SDEdit, depth 0.7",

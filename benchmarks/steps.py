@@ -38,10 +38,6 @@ PLAN = [("euler", 5), ("heun", 3), ("euler", 10), ("heun", 5), ("euler", 25), ("
         ("euler", 100), ("heun", 50)]            # (solver, steps); the last is what all are compared with
 
 
-def evaluations_of(solver, steps):
-    return steps * (2 if solver == "heun" else 1)
-
-
 def sample_all(model, decoder, asked, seeds, guidance, folder):
     """{(solver, steps): images}, sixteen at a time by every solver, sampled or read from `folder`."""
     sampled = {way: [] for way in PLAN}
@@ -49,7 +45,7 @@ def sample_all(model, decoder, asked, seeds, guidance, folder):
         for solver, steps in PLAN:
             path = folder / f"{solver}-{steps}-images-{part.start}-{part.stop}.safetensors"
             if not path.exists():
-                with tqdm(desc=path.stem, unit="evaluation", total=evaluations_of(solver, steps)) as bar:
+                with tqdm(desc=path.stem, unit="evaluation", total=steps * flow.SOLVERS[solver]) as bar:
                     images, _ = sample.generate(model, decoder, asked[part], seeds[part], steps=steps,
                                                 guidance=guidance, solver=solver, batch=16, report=bar.update)
                 safetensors.torch.save_file({"images": images}, f"{path}.tmp")
@@ -64,7 +60,7 @@ def draw_figure(rows, real, path):
     figure = Figure(figsize=(10, 3.5))
     for axes, measure in zip(figure.subplots(1, 3), ("FDD", "KDD", "distance")):
         for solver, colour, marker in (("euler", "#2b5d8c", "o"), ("heun", "#c8642b", "s")):
-            points = [(evaluations_of(solver, steps), *row[measure]) for which, steps, row in rows if which == solver]
+            points = [(steps * flow.SOLVERS[solver], *row[measure]) for which, steps, row in rows if which == solver]
             # The last has no distance from itself.
             points = points[:-1] if measure == "distance" and solver == "heun" else points
             axes.errorbar(*zip(*points), color=colour, marker=marker, capsize=2, label=solver.capitalize())
@@ -121,7 +117,7 @@ def main():
              f"{'solver':14}{'evaluations':>12}{'calls':>8}{'FDD':>18}{'KDD':>18}{'distance':>22}"]
     for solver, steps, row in rows:
         times = flow.time_grid(steps, model.config.shift)
-        lines.append(f"{solver:14}{evaluations_of(solver, steps):12}"
+        lines.append(f"{solver:14}{steps * flow.SOLVERS[solver]:12}"
                      f"{flow.count_network_calls(times, solver, args.guidance):8}"
                      + "".join(f"{'{:.3f} ± {:.3f}'.format(*row[m]):>18}" for m in ("FDD", "KDD"))
                      + f"{'-' if (solver, steps) == PLAN[-1] else '{:.4f} ± {:.4f}'.format(*row['distance']):>22}")

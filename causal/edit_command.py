@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import data
+import flow
 import sample
 from causal import edit
 from common import cli
@@ -169,7 +170,7 @@ def add_arguments(parser):
     parser.add_argument("--causal", type=Path, default=sample.DEMO / "causal", help="the causal model from which the "
                         "descendants of what changes follow (default: the demo's)")
     parser.add_argument("--no-causal", dest="causal", action="store_const", const=None, help="change only what is set")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="heun", help="(default: heun)")
+    parser.add_argument("--solver", choices=tuple(flow.SOLVERS), default="heun", help="(default: heun)")
     parser.add_argument("--depth", type=cli.number(0.01, 1), default=1.0, help="how far back towards noise, from 0.01 "
                         "to 1 (default: 1)")
     region = parser.add_mutually_exclusive_group()

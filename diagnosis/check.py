@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import flow
 import sample
 from common import cli, hub
 from common.cli import InputError, count
@@ -76,7 +77,7 @@ def read_sample(folder):
     kinds = {"steps": (int,), "guidance": (int, float), "solver": (str,), "interval": (list,), "precision": (str,)}
     for key in kinds:
         value = settings.get(key)
-        if type(value) not in kinds[key] or (key == "solver" and value not in ("euler", "heun")):
+        if type(value) not in kinds[key] or (key == "solver" and value not in flow.SOLVERS):
             raise InputError(f"{folder / 'sample.json'}: damaged, since sample.py writes another value of {key}")
     seeds = []
     for row in read_table(folder / "metadata.csv"):

@@ -33,8 +33,7 @@ class Log:
         of LOGGERS, which also shows `settings`."""
         self.path, self.plot, self.cfg, self.flops, self.seen = out / "log.jsonl", out / "loss.png", cfg, flops, seen
         self.history, self.first, self.bar, self.report = read_log(self.path, seen), True, None, None
-        self.begun = self.line_time = time.perf_counter()            # start of the interval; last line printed
-        self.seen_before = seen                                      # images seen when the interval began
+        self.start_interval()
         if parallel.rank == 0:
             self.report = open_logger(logger, out, settings)
             self.bar = tqdm(total=cfg.images, initial=seen, unit="image", unit_scale=True, disable=None, leave=False)
@@ -97,8 +96,8 @@ class Log:
 
     def start_interval(self):
         """Speed is measured from here to the next line: what was written and drawn for the last one does not count."""
-        self.begun = self.line_time = time.perf_counter()
-        self.seen_before = self.seen
+        self.begun = self.line_time = time.perf_counter()            # start of the interval; last line printed
+        self.seen_before = self.seen                                 # images seen when the interval began
 
     def close(self):
         if self.bar is not None:

@@ -18,8 +18,8 @@ for size in 128 256; do                                              # 128: for 
     python data.py prepare folder "$DATA/hannover" runs/$size/hannover --size $size
 done
 
-# Rad-VAE, first on crops of the images of 256 pixels: from the demo's VAE of commit 8dfdb4d (8 channels, 128 pixels, three
-# of these four sources), to which eight channels are added. Then on whole images.
+# Rad-VAE, first on crops of the images of 256 pixels: from the demo's VAE of commit 8dfdb4d (8 channels, 128 pixels,
+# three of these four sources), to which eight channels are added. Then on whole images.
 mkdir -p runs/before
 git archive 8dfdb4d weights/demo/vae | tar -x -C runs/before
 python train.py vae --data runs/256/{nih,nih-more,kermany,hannover} --init runs/before/weights/demo/vae \
